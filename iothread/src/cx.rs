@@ -1,0 +1,102 @@
+//! What a callback may use of the thread it happens to run on.
+
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use crate::counters::Counters;
+use crate::reply;
+use crate::ring::Ring;
+
+/// What belongs to a thread: its counters, its ring, and how it treats strands.
+#[derive(Debug)]
+pub(crate) struct Local {
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) ring: Option<Ring>,
+    /// May a ring be made here on first use?
+    pub(crate) ring_allowed: bool,
+    /// Does this thread poll before it sleeps?
+    pub(crate) polls: bool,
+    /// Events that others left with a strand held here, served before it is handed to its home.
+    pub(crate) budget: u32,
+}
+
+/// The thread a callback runs on. It exists only while the callback runs and cannot leave the
+/// thread; it gives no access to the loop, so nothing can run a loop inside a callback.
+#[derive(Debug)]
+pub struct Cx<'a> {
+    pub(crate) local: &'a mut Local,
+    _not_send: PhantomData<*mut ()>,
+}
+
+impl<'a> Cx<'a> {
+    pub(crate) fn new(local: &'a mut Local) -> Self {
+        Self { local, _not_send: PhantomData }
+    }
+
+    /// The io_uring of this thread, made on first use.
+    ///
+    /// `None` on a thread that has none (a vCPU): answer [`Progress::Home`](crate::Progress) and
+    /// be run again on the home loop. `None` also where the kernel refuses to make one.
+    pub fn ring(&mut self) -> Option<&mut Ring> {
+        if self.local.ring.is_none() && self.local.ring_allowed {
+            self.local.ring = Ring::new(&self.local.counters).ok();
+            self.local.ring_allowed = self.local.ring.is_some();
+        }
+        self.local.ring.as_mut()
+    }
+
+    /// The counters of this thread.
+    pub fn counters(&self) -> &Counters {
+        &self.local.counters
+    }
+
+    /// Will this thread look at its [`Poller`](crate::Poller)s before it sleeps?
+    pub fn polls(&self) -> bool {
+        self.local.polls
+    }
+}
+
+/// A vCPU thread, seen as a place to run callbacks. Its park is `KVM_RUN`.
+#[derive(Debug)]
+pub struct VcpuLoop {
+    local: Local,
+}
+
+impl VcpuLoop {
+    /// Makes the calling thread a vCPU thread: it may run callbacks and may no longer block.
+    pub fn enter() -> Self {
+        reply::forbid_blocking();
+        Self {
+            local: Local {
+                counters: Arc::default(),
+                ring: None,
+                ring_allowed: false,
+                polls: false,
+                budget: 2,
+            },
+        }
+    }
+
+    /// The counters of this thread.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.local.counters
+    }
+
+    /// The right to run a callback here; taken once per exit from the guest.
+    pub fn exit(&mut self) -> ExitCx<'_> {
+        ExitCx { cx: Cx::new(&mut self.local) }
+    }
+}
+
+/// An exit of a vCPU that is being handled: the right to run callbacks *here*, on this thread.
+#[derive(Debug)]
+pub struct ExitCx<'a> {
+    pub(crate) cx: Cx<'a>,
+}
+
+impl ExitCx<'_> {
+    /// The counters of this thread.
+    pub fn counters(&self) -> &Counters {
+        self.cx.counters()
+    }
+}

@@ -1,0 +1,256 @@
+//! The io_uring of a thread: at most one per thread, shared by all queues it serves.
+//!
+//! A completion carries the [`Port`] of its queue and a slot. The thread that submitted reaps it,
+//! leaves the result in the port and fires the port's event; if another thread holds the strand
+//! at that moment, the event is left with it and the result is there when it looks.
+
+#![expect(unsafe_code, reason = "operations carry pointers, and completions carry a Port back")]
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering::*};
+
+use io_uring::{IoUring, opcode, squeue, types};
+
+use crate::counters::Counters;
+use crate::event_loop::Task;
+use crate::inbox::Node;
+use crate::strand::Event;
+
+/// Submissions between two `io_uring_enter`s.
+const ENTRIES: u32 = 256;
+
+/// Where the kernel's user_data keeps the slot: user-space addresses have at most 47 bits here.
+const SLOT_SHIFT: u32 = 48;
+
+/// The results of operations in flight of one queue, by slot.
+pub struct Port {
+    done: Box<[AtomicU64]>,
+    results: Box<[AtomicI32]>,
+    event: Arc<Node<Task>>,
+}
+
+impl std::fmt::Debug for Port {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Port").field("slots", &self.results.len()).finish_non_exhaustive()
+    }
+}
+
+impl Port {
+    /// A port of `slots` slots that fires `event` after results have arrived.
+    pub fn new<T: Send + 'static>(slots: u16, event: &Event<T>) -> Arc<Self> {
+        let slots = usize::from(slots);
+        Arc::new(Self {
+            done: (0..slots.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+            results: (0..slots).map(|_| AtomicI32::new(0)).collect(),
+            event: Arc::clone(event.posted()),
+        })
+    }
+
+    /// Calls `f` with the slot and result of every operation completed since the last call.
+    ///
+    /// A result is what the system call would return: a count, or a negated errno.
+    pub fn take(&self, mut f: impl FnMut(u16, i32)) {
+        for (word, done) in self.done.iter().enumerate() {
+            if done.load(Relaxed) == 0 {
+                continue;
+            }
+            let mut bits = done.swap(0, Acquire);
+            while bits != 0 {
+                let slot = word * 64 + bits.trailing_zeros() as usize;
+                bits &= bits - 1;
+                f(slot as u16, self.results[slot].load(Relaxed));
+            }
+        }
+    }
+
+    fn put(&self, slot: u16, result: i32) {
+        let slot = usize::from(slot);
+        self.results[slot].store(result, Relaxed);
+        self.done[slot / 64].fetch_or(1 << (slot % 64), Release);
+    }
+
+    pub(crate) fn event(&self) -> &Arc<Node<Task>> {
+        &self.event
+    }
+}
+
+/// An operation for the kernel. Offsets and lengths are bytes.
+#[derive(Debug, Clone, Copy)]
+pub enum Operation {
+    /// `preadv`.
+    Read {
+        /// The file.
+        fd: RawFd,
+        /// The buffers.
+        buffers: *const libc::iovec,
+        /// How many there are.
+        count: u32,
+        /// Where to read.
+        offset: u64,
+    },
+    /// `pwritev`.
+    Write {
+        /// The file.
+        fd: RawFd,
+        /// The buffers.
+        buffers: *const libc::iovec,
+        /// How many there are.
+        count: u32,
+        /// Where to write.
+        offset: u64,
+    },
+    /// `fdatasync`.
+    Sync {
+        /// The file.
+        fd: RawFd,
+    },
+}
+
+impl Operation {
+    fn entry(self) -> squeue::Entry {
+        match self {
+            Self::Read { fd, buffers, count, offset } => {
+                opcode::Readv::new(types::Fd(fd), buffers, count).offset(offset).build()
+            }
+            Self::Write { fd, buffers, count, offset } => {
+                opcode::Writev::new(types::Fd(fd), buffers, count).offset(offset).build()
+            }
+            Self::Sync { fd } => {
+                opcode::Fsync::new(types::Fd(fd)).flags(types::FsyncFlags::DATASYNC).build()
+            }
+        }
+    }
+}
+
+/// The submission queue is full and the kernel takes nothing from it now: try again later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the submission queue is full")]
+pub struct RingFull;
+
+/// The io_uring of one thread.
+pub struct Ring {
+    io: IoUring,
+    counters: Arc<Counters>,
+    /// Ports with new results, each once.
+    fired: Vec<Arc<Port>>,
+}
+
+impl std::fmt::Debug for Ring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Ring").field(&self.io.as_raw_fd()).finish()
+    }
+}
+
+impl Ring {
+    pub(crate) fn new(counters: &Arc<Counters>) -> io::Result<Self> {
+        // Completions then need no interrupt of this thread: it comes by in every turn.
+        let io = IoUring::builder()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_taskrun_flag()
+            .setup_cqsize(4 * ENTRIES)
+            .build(ENTRIES)
+            .or_else(|_| IoUring::new(ENTRIES))?;
+        Ok(Self { io, counters: Arc::clone(counters), fired: Vec::with_capacity(64) })
+    }
+
+    /// Can this kernel make a ring for this process?
+    pub fn probe() -> io::Result<()> {
+        Self::new(&Arc::default()).map(drop)
+    }
+
+    /// Queues an operation; the loop submits all that was queued at the end of its turn.
+    ///
+    /// # Safety
+    /// The file descriptor, the iovec array and the memory it names must stay valid, and the
+    /// memory must not be given to anything else, until the result has come out of `port`.
+    ///
+    /// # Panics
+    /// If `slot` is not a slot of `port`.
+    pub unsafe fn submit(
+        &mut self,
+        operation: Operation,
+        port: &Arc<Port>,
+        slot: u16,
+    ) -> Result<(), RingFull> {
+        assert!(usize::from(slot) < port.results.len(), "no such slot");
+        if self.io.submission().is_full() {
+            self.enter();
+            if self.io.submission().is_full() {
+                return Err(RingFull);
+            }
+        }
+        let port = Arc::into_raw(Arc::clone(port)) as u64;
+        debug_assert_eq!(port >> SLOT_SHIFT, 0);
+        let entry = operation.entry().user_data(port | u64::from(slot) << SLOT_SHIFT);
+        // SAFETY: there is room, and the caller keeps what the entry points to valid.
+        unsafe { self.io.submission().push(&entry) }.expect("there is room");
+        self.counters.ring_submits.add(1);
+        Ok(())
+    }
+
+    /// Is there anything to reap? Only looks at memory.
+    pub(crate) fn has_completions(&self) -> bool {
+        // SAFETY: the queues are only used through `&mut self` on this thread, and this borrow of
+        // the shared views ends before any of that can happen.
+        let (submission, completion) =
+            unsafe { (self.io.submission_shared(), self.io.completion_shared()) };
+        !completion.is_empty() || submission.taskrun()
+    }
+
+    /// Tells the kernel about what was queued, and lets it finish what is done.
+    pub(crate) fn enter(&mut self) {
+        let submission = self.io.submission();
+        let (queued, pending) = (submission.len(), submission.taskrun() || submission.cq_overflow());
+        drop(submission);
+        if queued == 0 && !pending {
+            return;
+        }
+        self.counters.ring_enters.add(1);
+        const GETEVENTS: u32 = 1;
+        // SAFETY: every queued entry was pushed under the contract of `submit`; no signal mask.
+        // An error (EAGAIN, EBUSY, EINTR) leaves the entries queued for the next turn.
+        let _ = unsafe {
+            self.io.submitter().enter::<libc::sigset_t>(queued as u32, 0, GETEVENTS, None)
+        };
+    }
+
+    /// Moves the results of completed operations to their ports.
+    pub(crate) fn reap(&mut self) {
+        let submission = self.io.submission();
+        let pending = submission.taskrun() || submission.cq_overflow();
+        drop(submission);
+        if pending {
+            self.enter();
+        }
+        for entry in self.io.completion() {
+            self.counters.ring_completions.add(1);
+            let data = entry.user_data();
+            let port = (data & ((1 << SLOT_SHIFT) - 1)) as *const Port;
+            // SAFETY: the kernel gives back the user_data of `submit`, which holds one reference
+            // to a `Port` per operation; it is taken back exactly once, here.
+            let port = unsafe { Arc::from_raw(port) };
+            port.put((data >> SLOT_SHIFT) as u16, entry.result());
+            if !self.fired.iter().any(|known| Arc::ptr_eq(known, &port)) {
+                self.fired.push(port);
+            }
+        }
+    }
+
+    pub(crate) fn take_fired(&mut self) -> Vec<Arc<Port>> {
+        std::mem::take(&mut self.fired)
+    }
+
+    /// Takes the emptied list back, so that its memory is used again.
+    pub(crate) fn give_back(&mut self, emptied: Vec<Arc<Port>>) {
+        self.fired = emptied;
+    }
+}
+
+impl AsRawFd for Ring {
+    fn as_raw_fd(&self) -> RawFd {
+        self.io.as_raw_fd()
+    }
+}

@@ -1,0 +1,330 @@
+//! Threads: name, CPU set, scheduling policy; set by the thread itself and read back.
+//!
+//! Linux threads inherit the affinity of their creator. Here nothing is inherited by accident: a
+//! thread that asks for no CPUs gets those the process was started with.
+
+#![expect(unsafe_code, reason = "affinity and scheduling are set by system calls")]
+
+use std::fmt;
+use std::io;
+use std::sync::OnceLock;
+use std::sync::mpsc::sync_channel;
+use std::thread::JoinHandle;
+
+use crate::event_loop::{EventLoop, LoopHandle};
+use crate::poll::PollPolicy;
+
+/// Host CPUs that this code can name; the kernel's largest NR_CPUS on x86_64.
+const MAX_CPUS: usize = 8192;
+const WORDS: usize = MAX_CPUS / 64;
+
+/// Host scheduling of a thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sched {
+    /// SCHED_OTHER with a nice value.
+    Other(i8),
+    /// SCHED_BATCH with a nice value.
+    Batch(i8),
+    /// SCHED_IDLE.
+    Idle,
+    /// SCHED_FIFO with a priority of 1 to 99.
+    Fifo(u8),
+    /// SCHED_RR with a priority of 1 to 99.
+    Rr(u8),
+}
+
+impl fmt::Display for Sched {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Other(0) => write!(f, "other"),
+            Self::Other(nice) => write!(f, "other, nice {nice}"),
+            Self::Batch(0) => write!(f, "batch"),
+            Self::Batch(nice) => write!(f, "batch, nice {nice}"),
+            Self::Idle => write!(f, "idle"),
+            Self::Fifo(priority) => write!(f, "fifo {priority}"),
+            Self::Rr(priority) => write!(f, "rr {priority}"),
+        }
+    }
+}
+
+/// What a thread should be.
+#[derive(Debug, Clone)]
+pub struct ThreadSpec {
+    /// Its name; the kernel keeps the first 15 bytes.
+    pub name: String,
+    /// The host CPUs it may use; `None`: those the process was started with.
+    pub cpus: Option<Vec<usize>>,
+    /// Its scheduling.
+    pub sched: Sched,
+}
+
+/// What a thread is, read back from the kernel.
+#[derive(Debug, Clone)]
+pub struct Granted {
+    /// Its name, as asked for.
+    pub name: String,
+    /// The kernel's thread id.
+    pub tid: u32,
+    /// The host CPUs it may use.
+    pub cpus: Vec<usize>,
+    /// Its scheduling.
+    pub sched: Sched,
+    /// Wishes that could not be had.
+    pub refused: Vec<Refused>,
+}
+
+/// A wish that the host did not grant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// What was asked for.
+    pub wish: String,
+    /// What the thread has instead.
+    pub got: String,
+    /// Why, and what to do about it.
+    pub why: String,
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "wanted {}, got {}: {}", self.wish, self.got, self.why)
+    }
+}
+
+/// A running thread.
+#[derive(Debug)]
+pub struct Thread {
+    /// What it is.
+    pub granted: Granted,
+    handle: JoinHandle<()>,
+}
+
+impl Thread {
+    /// Waits for its end. `Err`: it panicked.
+    pub fn join(self) -> std::thread::Result<()> {
+        self.handle.join()
+    }
+
+    /// Has it ended?
+    pub fn is_finished(&self) -> bool {
+        self.handle.is_finished()
+    }
+}
+
+/// Starts a thread, which takes on what `spec` says before it runs `body`.
+///
+/// Refused wishes are not errors here: they are in [`Granted::refused`].
+pub fn spawn(spec: ThreadSpec, body: impl FnOnce() + Send + 'static) -> io::Result<Thread> {
+    available_cpus(); // before any thread can have narrowed them
+    let (sender, receiver) = sync_channel(1);
+    let handle = std::thread::Builder::new().name(spec.name.clone()).spawn(move || {
+        let granted = take_on(spec);
+        if sender.send(granted).is_ok() {
+            body();
+        }
+    })?;
+    let granted = receiver.recv().map_err(|_| io::Error::other("the new thread died"))?;
+    Ok(Thread { granted, handle })
+}
+
+/// Starts a thread with a loop.
+pub fn spawn_loop(spec: ThreadSpec, poll: PollPolicy) -> io::Result<(LoopHandle, Thread)> {
+    let (sender, receiver) = sync_channel(1);
+    let name = spec.name.clone();
+    let thread = spawn(spec, move || match EventLoop::new(&name, poll) {
+        Ok(event_loop) => {
+            if sender.send(Ok(event_loop.handle())).is_ok() {
+                event_loop.run();
+            }
+        }
+        Err(error) => drop(sender.send(Err(error))),
+    })?;
+    let handle = receiver.recv().map_err(|_| io::Error::other("the new loop died"))??;
+    Ok((handle, thread))
+}
+
+/// The CPUs the process was started with.
+pub fn available_cpus() -> &'static [usize] {
+    static CPUS: OnceLock<Vec<usize>> = OnceLock::new();
+    CPUS.get_or_init(|| {
+        affinity().unwrap_or_else(|_| {
+            core_affinity::get_core_ids().unwrap_or_default().iter().map(|core| core.id).collect()
+        })
+    })
+}
+
+/// Raises the soft limit of open files to the hard one and gives the result.
+pub fn raise_file_limit() -> io::Result<u64> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is a valid rlimit for both calls.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        limit.rlim_cur = limit.rlim_max;
+        if libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(limit.rlim_cur)
+}
+
+/// Makes the calling thread what `spec` says, as far as the host lets it.
+fn take_on(spec: ThreadSpec) -> Granted {
+    // SAFETY: PR_SET_TIMERSLACK takes a plain number. Timers shall fire when they are due.
+    unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1usize, 0usize, 0usize, 0usize) };
+    let wanted = spec.cpus.as_deref().unwrap_or_else(|| available_cpus());
+    let pinned = set_affinity(wanted);
+    let scheduled = set_sched(spec.sched);
+    let cpus = affinity().unwrap_or_default();
+    let sched = current_sched();
+    let mut refused = Vec::new();
+    if spec.cpus.is_some() && cpus != wanted {
+        let why = match pinned {
+            Err(error) => format!("{error}"),
+            Ok(()) => "the others are offline or outside this process's cpuset".to_owned(),
+        };
+        refused.push(Refused { wish: cpu_list(wanted), got: cpu_list(&cpus), why });
+    }
+    if sched != spec.sched {
+        let why = match scheduled {
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+                "not permitted: raise RLIMIT_RTPRIO or RLIMIT_NICE, or grant CAP_SYS_NICE".into()
+            }
+            Err(error) => format!("{error}"),
+            Ok(()) => "the kernel changed it".to_owned(),
+        };
+        refused.push(Refused { wish: spec.sched.to_string(), got: sched.to_string(), why });
+    }
+    // SAFETY: gettid has no preconditions.
+    let tid = unsafe { libc::gettid() } as u32;
+    Granted { name: spec.name, tid, cpus, sched, refused }
+}
+
+fn cpu_list(cpus: &[usize]) -> String {
+    let mut list = String::from("CPUs ");
+    let mut rest = cpus;
+    while let [first, ..] = *rest {
+        let run = rest.iter().zip(first..).take_while(|(cpu, expected)| *cpu == expected).count();
+        let comma = if list.ends_with(' ') { "" } else { "," };
+        match run {
+            1 => list += &format!("{comma}{first}"),
+            _ => list += &format!("{comma}{first}-{}", first + run - 1),
+        }
+        rest = &rest[run..];
+    }
+    list
+}
+
+fn set_affinity(cpus: &[usize]) -> io::Result<()> {
+    // core_affinity does 1:1 pins, and panics at ids a cpu_set_t has no bit for.
+    if let [cpu] = *cpus
+        && cpu < libc::CPU_SETSIZE as usize
+        && core_affinity::set_for_current(core_affinity::CoreId { id: cpu })
+    {
+        return Ok(());
+    }
+    let mut mask = [0u64; WORDS];
+    for &cpu in cpus {
+        let word = mask.get_mut(cpu / 64).ok_or_else(|| {
+            io::Error::other(format!("CPU {cpu} is above the largest possible, {}", MAX_CPUS - 1))
+        })?;
+        *word |= 1 << (cpu % 64);
+    }
+    // SAFETY: the mask is as long as the size says, and the kernel only reads it.
+    match unsafe { libc::sched_setaffinity(0, size_of_val(&mask), mask.as_ptr().cast()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn affinity() -> io::Result<Vec<usize>> {
+    let mut mask = [0u64; WORDS];
+    // SAFETY: the mask is as long as the size says; the kernel writes at most that.
+    if unsafe { libc::sched_getaffinity(0, size_of_val(&mask), mask.as_mut_ptr().cast()) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((0..MAX_CPUS).filter(|cpu| mask[cpu / 64] >> (cpu % 64) & 1 == 1).collect())
+}
+
+fn set_sched(sched: Sched) -> io::Result<()> {
+    let (policy, priority, nice) = match sched {
+        Sched::Other(nice) => (libc::SCHED_OTHER, 0, nice),
+        Sched::Batch(nice) => (libc::SCHED_BATCH, 0, nice),
+        Sched::Idle => (libc::SCHED_IDLE, 0, 0),
+        Sched::Fifo(priority) => (libc::SCHED_FIFO, priority, 0),
+        Sched::Rr(priority) => (libc::SCHED_RR, priority, 0),
+    };
+    let param = libc::sched_param { sched_priority: i32::from(priority) };
+    // SAFETY: `param` is valid; 0 is the calling thread for both calls.
+    unsafe {
+        if libc::sched_setscheduler(0, policy, &raw const param) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        if libc::setpriority(libc::PRIO_PROCESS, 0, i32::from(nice)) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+fn current_sched() -> Sched {
+    let mut param = libc::sched_param { sched_priority: 0 };
+    // SAFETY: `param` is valid; 0 is the calling thread for all three calls.
+    let (policy, nice) = unsafe {
+        libc::sched_getparam(0, &raw mut param);
+        (libc::sched_getscheduler(0), libc::getpriority(libc::PRIO_PROCESS, 0) as i8)
+    };
+    let priority = param.sched_priority as u8;
+    match policy {
+        libc::SCHED_FIFO => Sched::Fifo(priority),
+        libc::SCHED_RR => Sched::Rr(priority),
+        libc::SCHED_BATCH => Sched::Batch(nice),
+        libc::SCHED_IDLE => Sched::Idle,
+        _ => Sched::Other(nice),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(cpus: Option<Vec<usize>>, sched: Sched) -> ThreadSpec {
+        ThreadSpec { name: "test".to_owned(), cpus, sched }
+    }
+
+    #[test]
+    fn what_was_granted_is_what_the_kernel_says() {
+        let last = *available_cpus().last().unwrap();
+        let thread = spawn(spec(Some(vec![last]), Sched::Batch(3)), || {}).unwrap();
+        assert_eq!(thread.granted.cpus, [last]);
+        assert_eq!(thread.granted.sched, Sched::Batch(3));
+        assert_eq!(thread.granted.refused, []);
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn affinity_does_not_leak_to_a_thread_that_did_not_ask() {
+        let (sender, receiver) = sync_channel(1);
+        let first = available_cpus()[0];
+        let outer = spawn(spec(Some(vec![first]), Sched::Other(0)), move || {
+            let inner = spawn(spec(None, Sched::Other(0)), || {}).unwrap();
+            sender.send(inner.granted.cpus.clone()).unwrap();
+        })
+        .unwrap();
+        assert_eq!(receiver.recv().unwrap(), available_cpus());
+        outer.join().unwrap();
+    }
+
+    #[test]
+    fn a_cpu_the_host_does_not_have_is_refused_and_said() {
+        let thread = spawn(spec(Some(vec![8191]), Sched::Other(0)), || {}).unwrap();
+        assert_eq!(thread.granted.cpus, available_cpus());
+        assert_eq!(thread.granted.refused[0].wish, "CPUs 8191");
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn cpu_lists_are_written_as_ranges() {
+        assert_eq!(cpu_list(&[0, 1, 2, 5, 7, 8]), "CPUs 0-2,5,7-8");
+    }
+}
