@@ -14,6 +14,8 @@ pub(crate) struct Local {
     pub(crate) ring: Option<Ring>,
     /// May a ring be made here on first use?
     pub(crate) ring_allowed: bool,
+    /// Is this a vCPU thread?
+    pub(crate) on_vcpu: bool,
     /// Does this thread poll before it sleeps?
     pub(crate) polls: bool,
     /// Events that others left with a strand held here, served before it is handed to its home.
@@ -50,6 +52,11 @@ impl<'a> Cx<'a> {
         &self.local.counters
     }
 
+    /// Is this a vCPU thread, whose time is the guest's?
+    pub fn on_vcpu(&self) -> bool {
+        self.local.on_vcpu
+    }
+
     /// Will this thread look at its [`Poller`](crate::Poller)s before it sleeps?
     pub fn polls(&self) -> bool {
         self.local.polls
@@ -71,6 +78,7 @@ impl VcpuLoop {
                 counters: Arc::default(),
                 ring: None,
                 ring_allowed: false,
+                on_vcpu: true,
                 polls: false,
                 budget: 2,
             },

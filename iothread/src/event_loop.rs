@@ -259,6 +259,7 @@ impl EventLoop {
             counters: Arc::clone(&counters),
             ring: None,
             ring_allowed: true,
+            on_vcpu: false,
             polls: !poll.max.is_zero(),
             budget: SERVE_BUDGET,
         };

@@ -54,7 +54,7 @@ pub use counters::{Counter, Counters};
 pub use cx::{Cx, ExitCx, VcpuLoop};
 pub use event_loop::{EventLoop, FdSource, LoopHandle, Poller, Trigger};
 pub use poll::PollPolicy;
-pub use reply::{Blocking, Gone, Reply};
+pub use reply::{Answer, Blocking, Gone, Reply};
 pub use ring::{Operation, Port, Ring, RingFull};
 pub use strand::{Event, Progress, Strand};
 pub use thread::{

@@ -36,18 +36,21 @@ pub struct Gone;
 #[must_use = "an answer that nobody looks at was not needed"]
 pub struct Reply<R>(Receiver<R>);
 
-/// Where the answer goes in.
-pub(crate) struct Answer<R>(SyncSender<R>);
+/// Where the answer goes in; dropping it tells the other side that none will come.
+#[derive(Debug)]
+pub struct Answer<R>(SyncSender<R>);
 
 impl<R> Answer<R> {
-    pub(crate) fn give(self, value: R) {
+    /// Answers; does nothing if nobody listens any more.
+    pub fn give(self, value: R) {
         // Nobody listens any more: that is their choice.
         let _ = self.0.try_send(value);
     }
 }
 
 impl<R> Reply<R> {
-    pub(crate) fn pair() -> (Answer<R>, Self) {
+    /// An answer to give and the reply it arrives at.
+    pub fn pair() -> (Answer<R>, Self) {
         let (sender, receiver) = sync_channel(1);
         (Answer(sender), Self(receiver))
     }

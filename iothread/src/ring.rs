@@ -12,9 +12,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering::*};
 
 use io_uring::{IoUring, opcode, squeue, types};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::counters::Counters;
-use crate::event_loop::Task;
+use crate::event_loop::{LoopHandle, Task};
 use crate::inbox::Node;
 use crate::strand::Event;
 
@@ -29,6 +30,7 @@ pub struct Port {
     done: Box<[AtomicU64]>,
     results: Box<[AtomicI32]>,
     event: Arc<Node<Task>>,
+    home: LoopHandle,
 }
 
 impl std::fmt::Debug for Port {
@@ -45,6 +47,7 @@ impl Port {
             done: (0..slots.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
             results: (0..slots).map(|_| AtomicI32::new(0)).collect(),
             event: Arc::clone(event.posted()),
+            home: event.home().clone(),
         })
     }
 
@@ -63,6 +66,13 @@ impl Port {
                 f(slot as u16, self.results[slot].load(Relaxed));
             }
         }
+    }
+
+    /// Leaves a result here and fires the event as a bottom half: for backends that complete by
+    /// other means than a ring. Any thread may call this, once per operation.
+    pub fn post(&self, slot: u16, result: i32) {
+        self.put(slot, result);
+        self.home.post(&self.event);
     }
 
     fn put(&self, slot: u16, result: i32) {
@@ -100,6 +110,8 @@ pub enum Operation {
         count: u32,
         /// Where to write.
         offset: u64,
+        /// Complete only when the data is on stable storage.
+        durable: bool,
     },
     /// `fdatasync`.
     Sync {
@@ -114,8 +126,10 @@ impl Operation {
             Self::Read { fd, buffers, count, offset } => {
                 opcode::Readv::new(types::Fd(fd), buffers, count).offset(offset).build()
             }
-            Self::Write { fd, buffers, count, offset } => {
-                opcode::Writev::new(types::Fd(fd), buffers, count).offset(offset).build()
+            Self::Write { fd, buffers, count, offset, durable } => {
+                let flags = if durable { libc::RWF_DSYNC } else { 0 };
+                let write = opcode::Writev::new(types::Fd(fd), buffers, count);
+                write.offset(offset).rw_flags(flags).build()
             }
             Self::Sync { fd } => {
                 opcode::Fsync::new(types::Fd(fd)).flags(types::FsyncFlags::DATASYNC).build()
@@ -132,6 +146,9 @@ pub struct RingFull;
 /// The io_uring of one thread.
 pub struct Ring {
     io: IoUring,
+    /// Written by the kernel when there is something to reap. Polling the ring's own fd would
+    /// not do: with DEFER_TASKRUN nobody completes the work of a thread that sleeps elsewhere.
+    news: EventFd,
     counters: Arc<Counters>,
     /// Ports with new results, each once.
     fired: Vec<Arc<Port>>,
@@ -153,7 +170,9 @@ impl Ring {
             .setup_cqsize(4 * ENTRIES)
             .build(ENTRIES)
             .or_else(|_| IoUring::new(ENTRIES))?;
-        Ok(Self { io, counters: Arc::clone(counters), fired: Vec::with_capacity(64) })
+        let news = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        io.submitter().register_eventfd(news.as_raw_fd())?;
+        Ok(Self { io, news, counters: Arc::clone(counters), fired: Vec::with_capacity(64) })
     }
 
     /// Can this kernel make a ring for this process?
@@ -249,8 +268,9 @@ impl Ring {
     }
 }
 
+/// Readable when there is something to reap.
 impl AsRawFd for Ring {
     fn as_raw_fd(&self) -> RawFd {
-        self.io.as_raw_fd()
+        self.news.as_raw_fd()
     }
 }

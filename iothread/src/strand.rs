@@ -303,6 +303,10 @@ impl<T: Send + 'static> Event<T> {
         self.home.add_poller(Box::new(ready), &self.posted, &settle.posted)
     }
 
+    pub(crate) fn home(&self) -> &LoopHandle {
+        &self.home
+    }
+
     /// The event as the completion target of a [`Port`](crate::Port).
     pub(crate) fn posted(&self) -> &Arc<Node<Task>> {
         &self.posted

@@ -1,0 +1,320 @@
+//! A guest in this process: the driver's side of virtio, on real rings in real guest memory.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use iothread::{LoopHandle, PollPolicy, Sched, Thread, ThreadSpec};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::queue::RingAddresses;
+use super::seat::Placement;
+use super::transport::{InterruptSink, Transport, status};
+use super::{F_EVENT_IDX, F_INDIRECT_DESC, Mem, VirtioDevice};
+
+/// Descriptor flags, virtio 1.2 §2.7.5.
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+
+/// How long a test waits for something that must happen.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// `bytes` of guest memory from address 0.
+pub fn memory(bytes: usize) -> Mem {
+    let regions = [(GuestAddress(0), bytes)];
+    Arc::new(GuestMemoryMmap::from_ranges(&regions).expect("memory for a test"))
+}
+
+/// A loop on a thread of its own; ends when dropped.
+#[derive(Debug)]
+pub struct TestLoop {
+    /// Where to send work.
+    pub handle: LoopHandle,
+    thread: Option<Thread>,
+}
+
+impl TestLoop {
+    /// Starts it.
+    pub fn new(name: &str, poll: PollPolicy) -> Self {
+        let spec = ThreadSpec { name: name.to_owned(), cpus: None, sched: Sched::Other(0) };
+        let (handle, thread) = iothread::spawn_loop(spec, poll).expect("a loop for a test");
+        Self { handle, thread: Some(thread) }
+    }
+}
+
+impl Drop for TestLoop {
+    fn drop(&mut self) {
+        self.handle.stop();
+        if let Some(thread) = self.thread.take() {
+            let ended = thread.join();
+            assert!(ended.is_ok() || std::thread::panicking(), "the loop panicked");
+        }
+    }
+}
+
+/// Interrupts as a test sees them.
+#[derive(Debug)]
+pub struct Interrupts {
+    events: Sender<Option<u16>>,
+    /// Interrupts of queues so far.
+    pub queue: AtomicU64,
+    /// Interrupts for configuration or status so far.
+    pub config: AtomicU64,
+}
+
+impl InterruptSink for Interrupts {
+    fn queue(&self, queue: u16) {
+        self.queue.fetch_add(1, Ordering::AcqRel);
+        let _ = self.events.send(Some(queue));
+    }
+
+    fn config(&self) {
+        self.config.fetch_add(1, Ordering::AcqRel);
+        let _ = self.events.send(None);
+    }
+}
+
+/// A device with its transport, as a driver sees it.
+#[derive(Debug)]
+pub struct Rig {
+    /// Guest memory.
+    pub mem: Mem,
+    /// The device.
+    pub transport: Transport,
+    /// What it has interrupted for.
+    pub interrupts: Arc<Interrupts>,
+    events: Receiver<Option<u16>>,
+    /// The features the driver took.
+    pub features: u64,
+    /// The driver's side of each queue.
+    pub queues: Vec<Ring>,
+}
+
+impl Rig {
+    /// A device at rest with all its queues served by `placement`.
+    pub fn new(device: impl VirtioDevice, placement: Placement<LoopHandle>, mem: Mem) -> Self {
+        let (sender, events) = channel();
+        let interrupts =
+            Arc::new(Interrupts { events: sender, queue: 0.into(), config: 0.into() });
+        let placements = vec![placement; device.groups().len()];
+        let sink = Arc::clone(&interrupts) as Arc<dyn InterruptSink>;
+        let transport =
+            Transport::new("disk.test", Arc::new(device), &placements, Arc::clone(&mem), sink);
+        Self { mem, transport, interrupts, events, features: 0, queues: Vec::new() }
+    }
+
+    /// Brings the device up with rings of `size` entries, taking of the offered features those
+    /// in `wanted`. Rings lie from address 0x1000, 0x8000 apart.
+    pub fn start(&mut self, size: u16, wanted: u64) {
+        self.features = self.transport.features() & wanted;
+        self.transport.set_status(1);
+        self.transport.set_status(3);
+        self.transport.set_driver_features(self.features);
+        self.transport.set_status(3 | status::FEATURES_OK);
+        assert_ne!(self.transport.status() & status::FEATURES_OK, 0, "features refused");
+        self.queues = (0..self.transport.queue_count())
+            .map(|queue| {
+                let ring = Ring::new(&self.mem, 0x1000 + 0x8000 * u64::from(queue), size, wanted);
+                self.transport.set_rings(queue, |rings| *rings = ring.addresses());
+                self.transport.enable_queue(queue);
+                ring
+            })
+            .collect();
+        self.transport.set_status(3 | status::FEATURES_OK | status::DRIVER_OK);
+    }
+
+    /// Resets the device and waits until it has.
+    pub fn reset(&self) {
+        self.transport.set_status(0);
+        let began = std::time::Instant::now();
+        while self.transport.status() != 0 {
+            assert!(began.elapsed() < PATIENCE, "the reset never ends");
+            std::thread::yield_now();
+        }
+    }
+
+    /// Kicks a queue if the device wants it, on a vCPU thread of its own; true: it did.
+    pub fn kick(&mut self, queue: u16) -> bool {
+        if !self.queues[usize::from(queue)].wants_kick() {
+            return false;
+        }
+        let transport = &self.transport;
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut vcpu = iothread::VcpuLoop::enter();
+                transport.notify(queue, &mut vcpu.exit());
+            });
+        });
+        true
+    }
+
+    /// Waits for the next interrupt: that of a queue, or `None` for configuration.
+    pub fn interrupt(&self) -> Option<u16> {
+        self.events.recv_timeout(PATIENCE).expect("an interrupt that never came")
+    }
+
+    /// Waits for the next used entry of a queue: head and written bytes.
+    pub fn used(&mut self, queue: u16) -> (u16, u32) {
+        loop {
+            if let Some(used) = self.queues[usize::from(queue)].take_used() {
+                return used;
+            }
+            self.queues[usize::from(queue)].want_interrupt();
+            if let Some(used) = self.queues[usize::from(queue)].take_used() {
+                return used;
+            }
+            self.interrupt();
+        }
+    }
+}
+
+/// A buffer of a chain: address, length, and whether the device writes it.
+pub type Buffer = (u64, u32, bool);
+
+/// The driver's side of a split ring.
+#[derive(Debug)]
+pub struct Ring {
+    mem: Mem,
+    at: RingAddresses,
+    event_idx: bool,
+    indirect: bool,
+    free: Vec<u16>,
+    heads: Vec<Vec<u16>>,
+    next_available: u16,
+    kicked_at: u16,
+    next_used: u16,
+}
+
+impl Ring {
+    /// An empty ring of `size` entries (at most 256) at `base`.
+    pub fn new(mem: &Mem, base: u64, size: u16, features: u64) -> Self {
+        let at = RingAddresses {
+            size,
+            descriptors: base,
+            available: base + 0x1000,
+            used: base + 0x2000,
+        };
+        mem.write_slice(&[0; 0x8000], GuestAddress(base)).expect("room for the rings");
+        Self {
+            mem: Arc::clone(mem),
+            at,
+            event_idx: features & F_EVENT_IDX != 0,
+            indirect: features & F_INDIRECT_DESC != 0,
+            free: (0..size).rev().collect(),
+            heads: vec![Vec::new(); usize::from(size)],
+            next_available: 0,
+            kicked_at: 0,
+            next_used: 0,
+        }
+    }
+
+    /// Where it lies.
+    pub fn addresses(&self) -> RingAddresses {
+        self.at
+    }
+
+    /// Makes a chain of `buffers` available and gives its head, or `None` if the ring is full.
+    /// Every second chain is indirect, if that was agreed on.
+    pub fn add(&mut self, buffers: &[Buffer]) -> Option<u16> {
+        let indirect = self.indirect && self.next_available % 2 == 1;
+        let needed = if indirect { 1 } else { buffers.len() };
+        if self.free.len() < needed {
+            return None;
+        }
+        let taken: Vec<u16> = (0..needed).filter_map(|_| self.free.pop()).collect();
+        let head = taken[0];
+        if indirect {
+            let table = self.at.descriptors + 0x3000 + u64::from(head) * 16 * 4;
+            let count = buffers.len() as u16;
+            for (nth, buffer) in (0..).zip(buffers) {
+                self.descriptor(table, nth, *buffer, (nth + 1 < count).then_some(nth + 1), 0);
+            }
+            let whole = (table, u32::from(count) * 16, false);
+            self.descriptor(self.at.descriptors, head, whole, None, INDIRECT);
+        } else {
+            for (nth, buffer) in buffers.iter().enumerate() {
+                let next = taken.get(nth + 1).copied();
+                self.descriptor(self.at.descriptors, taken[nth], *buffer, next, 0);
+            }
+        }
+        self.heads[usize::from(head)] = taken;
+        self.offer(head);
+        Some(head)
+    }
+
+    /// Writes one descriptor, right or wrong.
+    pub fn descriptor(&self, table: u64, at: u16, buffer: Buffer, next: Option<u16>, flags: u16) {
+        let (address, len, writable) = buffer;
+        let flags = flags
+            | if next.is_some() { NEXT } else { 0 }
+            | if writable { WRITE } else { 0 };
+        let mut raw = [0; 16];
+        raw[..8].copy_from_slice(&address.to_le_bytes());
+        raw[8..12].copy_from_slice(&len.to_le_bytes());
+        raw[12..14].copy_from_slice(&flags.to_le_bytes());
+        raw[14..].copy_from_slice(&next.unwrap_or(0).to_le_bytes());
+        self.put(table + u64::from(at) * 16, &raw);
+    }
+
+    /// Puts a head into the available ring.
+    pub fn offer(&mut self, head: u16) {
+        let slot = u64::from(self.next_available % self.at.size);
+        self.put(self.at.available + 4 + 2 * slot, &head.to_le_bytes());
+        self.next_available = self.next_available.wrapping_add(1);
+        let index = self.next_available.to_le();
+        self.mem
+            .store(index, GuestAddress(self.at.available + 2), Ordering::Release)
+            .expect("the ring lies in memory");
+    }
+
+    /// Does the device want to be kicked for what was added since the last time it did?
+    pub fn wants_kick(&mut self) -> bool {
+        std::sync::atomic::fence(Ordering::SeqCst);
+        let (old, new) = (self.kicked_at, self.next_available);
+        let wants = if self.event_idx {
+            let event = self.get(self.at.used + 4 + 8 * u64::from(self.at.size));
+            new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+        } else {
+            self.get(self.at.used) & 1 == 0
+        };
+        self.kicked_at = new;
+        wants
+    }
+
+    /// Takes the next used entry: head and written bytes.
+    pub fn take_used(&mut self) -> Option<(u16, u32)> {
+        if self.get(self.at.used + 2) == self.next_used {
+            return None;
+        }
+        let entry = self.at.used + 4 + 8 * u64::from(self.next_used % self.at.size);
+        let head: u32 = self.mem.read_obj(GuestAddress(entry)).expect("in memory");
+        let written: u32 = self.mem.read_obj(GuestAddress(entry + 4)).expect("in memory");
+        self.next_used = self.next_used.wrapping_add(1);
+        let head = u16::try_from(u32::from_le(head)).expect("a head");
+        let taken = std::mem::take(&mut self.heads[usize::from(head)]);
+        assert!(!taken.is_empty(), "a chain came back that was not out");
+        self.free.extend(taken);
+        Some((head, u32::from_le(written)))
+    }
+
+    /// Asks for an interrupt at the next used entry.
+    pub fn want_interrupt(&self) {
+        if self.event_idx {
+            let at = self.at.available + 4 + 2 * u64::from(self.at.size);
+            self.put(at, &self.next_used.to_le_bytes());
+        }
+        std::sync::atomic::fence(Ordering::SeqCst);
+    }
+
+    fn put(&self, at: u64, bytes: &[u8]) {
+        self.mem.write_slice(bytes, GuestAddress(at)).expect("in memory");
+    }
+
+    fn get(&self, at: u64) -> u16 {
+        let raw: u16 =
+            self.mem.load(GuestAddress(at), Ordering::Acquire).expect("the ring lies in memory");
+        u16::from_le(raw)
+    }
+}

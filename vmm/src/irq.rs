@@ -1,0 +1,67 @@
+//! Interrupts and doorbells by KVM.
+
+#![expect(unsafe_code, reason = "a borrowed eventfd is shown to kvm-ioctls as its own type")]
+
+use std::io;
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
+use std::sync::Arc;
+
+use devices::irq::{Doorbells, IrqLine, Msi, MsiSender};
+use kvm_bindings::kvm_msi;
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+/// The interrupt controllers in the kernel.
+#[derive(Debug, Clone)]
+pub struct KvmIrq(pub Arc<VmFd>);
+
+impl MsiSender for KvmIrq {
+    fn send(&self, msi: Msi) {
+        let msi = kvm_msi {
+            address_lo: msi.address as u32,
+            address_hi: (msi.address >> 32) as u32,
+            data: msi.data,
+            ..kvm_msi::default()
+        };
+        // Fails for an address that is no local APIC's: on hardware, too, such a message is lost.
+        let _ = self.0.signal_msi(msi);
+    }
+}
+
+impl Doorbells for KvmIrq {
+    fn connect(&self, address: u64, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let at = IoEventAddress::Mmio(address);
+        borrowed(fd, |fd| self.0.register_ioevent(fd, &at, NoDatamatch))
+    }
+
+    fn disconnect(&self, address: u64, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let at = IoEventAddress::Mmio(address);
+        borrowed(fd, |fd| self.0.unregister_ioevent(fd, &at, NoDatamatch))
+    }
+}
+
+fn borrowed(
+    fd: BorrowedFd<'_>,
+    f: impl FnOnce(&EventFd) -> Result<(), kvm_ioctls::Error>,
+) -> io::Result<()> {
+    // SAFETY: the fd stays open while it is borrowed, and is not closed here.
+    let fd = ManuallyDrop::new(unsafe { EventFd::from_raw_fd(fd.as_raw_fd()) });
+    f(&fd).map_err(|error| io::Error::from_raw_os_error(error.errno()))
+}
+
+/// One input of the interrupt controllers.
+#[derive(Debug, Clone)]
+pub struct KvmLine {
+    /// The machine.
+    pub vm: Arc<VmFd>,
+    /// Which input.
+    pub gsi: u32,
+}
+
+impl IrqLine for KvmLine {
+    fn set(&self, high: bool) {
+        // Fails only without an irqchip, and this machine has one.
+        let _ = self.vm.set_irq_line(self.gsi, high);
+    }
+}

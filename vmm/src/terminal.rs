@@ -1,0 +1,112 @@
+//! The terminal heddle runs in: raw while the guest has it, and always given back as it was.
+
+#![expect(unsafe_code, reason = "termios and signalfd")]
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering::*};
+use std::sync::OnceLock;
+
+/// The settings to go back to, for every way out, panics included.
+static SAVED: OnceLock<libc::termios> = OnceLock::new();
+static RAW: AtomicBool = AtomicBool::new(false);
+
+/// The terminal in raw mode; dropping it gives it back.
+#[derive(Debug)]
+pub struct RawTerminal(());
+
+impl RawTerminal {
+    /// Takes the terminal on standard input, if there is one and it is ours to take: a job in the
+    /// background leaves it alone.
+    pub fn take() -> io::Result<Option<Self>> {
+        // SAFETY: these only ask about standard input and this process.
+        let ours = unsafe { libc::isatty(0) == 1 && libc::tcgetpgrp(0) == libc::getpgrp() };
+        if !ours {
+            return Ok(None);
+        }
+        // SAFETY: zeros are a valid termios, which tcgetattr fills.
+        let mut settings: libc::termios = unsafe { std::mem::zeroed() };
+        // SAFETY: `settings` is valid for both calls; cfmakeraw only changes it.
+        unsafe {
+            if libc::tcgetattr(0, &raw mut settings) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            SAVED.get_or_init(|| settings);
+            libc::cfmakeraw(&raw mut settings);
+            // heddle's own messages still end their lines with a newline alone.
+            settings.c_oflag |= libc::OPOST | libc::ONLCR;
+            if libc::tcsetattr(0, libc::TCSANOW, &raw const settings) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        RAW.store(true, Release);
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            restore();
+            before(info);
+        }));
+        Ok(Some(Self(())))
+    }
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        restore();
+    }
+}
+
+/// Gives the terminal back, if it was taken.
+fn restore() {
+    if RAW.swap(false, AcqRel)
+        && let Some(settings) = SAVED.get()
+    {
+        // SAFETY: the settings came from tcgetattr.
+        unsafe { libc::tcsetattr(0, libc::TCSANOW, settings) };
+    }
+}
+
+/// Signals that end the machine in order, delivered as readable data.
+#[derive(Debug)]
+pub struct Signals(OwnedFd);
+
+/// Which ones.
+const ENDING: [libc::c_int; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
+
+impl Signals {
+    /// Blocks the ending signals in this thread and all it will start, and ignores SIGPIPE.
+    pub fn take() -> io::Result<Self> {
+        // SAFETY: zeros are a valid signal set; all pointers are valid during the calls.
+        unsafe {
+            let mut set: libc::sigset_t = std::mem::zeroed();
+            for signal in ENDING {
+                libc::sigaddset(&raw mut set, signal);
+            }
+            libc::signal(libc::SIGPIPE, libc::SIG_IGN);
+            if libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            let fd = libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
+            if fd < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(Self(OwnedFd::from_raw_fd(fd)))
+        }
+    }
+
+    /// The next signal that has come, if any.
+    pub fn next(&self) -> Option<i32> {
+        let mut info = std::mem::MaybeUninit::<libc::signalfd_siginfo>::uninit();
+        let size = size_of::<libc::signalfd_siginfo>();
+        // SAFETY: the kernel writes one siginfo of this size or nothing.
+        unsafe {
+            let got = libc::read(self.0.as_raw_fd(), info.as_mut_ptr().cast(), size);
+            (got == size as isize).then(|| info.assume_init().ssi_signo as i32)
+        }
+    }
+}
+
+impl AsRawFd for Signals {
+    fn as_raw_fd(&self) -> i32 {
+        self.0.as_raw_fd()
+    }
+}
