@@ -80,7 +80,6 @@ fn everywhere(test: impl Fn(Placement<LoopHandle>, Engine, u64)) {
         ] {
             for engine in [Engine::IoUring, Engine::Sync] {
                 for features in [PLAIN, PLAIN | F_EVENT_IDX, PLAIN | F_INDIRECT_DESC, ALL] {
-                    eprintln!("{placement:?} {engine:?} {features:x} {poll:?}");
                     test(placement.clone(), engine, features);
                 }
             }

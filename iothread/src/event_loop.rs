@@ -319,8 +319,7 @@ impl EventLoop {
         if self.poll(began) {
             return;
         }
-        self.settle();
-        if self.has_work() {
+        if !self.settle() || self.has_work() {
             self.readiness.look();
             return;
         }
@@ -373,14 +372,18 @@ impl EventLoop {
         found
     }
 
-    /// Lets every watched object ask for wake-ups again, before the loop sleeps.
-    fn settle(&mut self) {
+    /// Lets every watched object ask for wake-ups again, before the loop sleeps. False: one of
+    /// them found work instead and wants to be watched on.
+    fn settle(&mut self) -> bool {
+        let mut settled = true;
         for entry in &self.pollers {
             if entry.watching.load(Acquire) {
                 run(&entry.settle, &mut self.local);
+                settled &= !entry.watching.load(Acquire);
             }
         }
         self.submit();
+        settled
     }
 
     fn sleep(&mut self, began: Instant) {

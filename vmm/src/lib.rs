@@ -1,1 +1,17 @@
-//! to be written
+//! The virtual machine: KVM, memory, boot, vCPUs, and the `heddle` program's commands.
+
+pub mod acpi;
+pub mod bench;
+pub mod boot;
+pub mod cli;
+pub mod console;
+pub mod cpuid;
+pub mod ending;
+pub mod irq;
+pub mod machine;
+pub mod memory;
+pub mod run;
+pub mod terminal;
+pub mod timing;
+pub mod vcpu;
+pub mod verdict;

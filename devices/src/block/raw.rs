@@ -84,6 +84,11 @@ impl RawImage {
         Self::from_files(file, None, options)
     }
 
+    /// Another handle on the image's bytes.
+    pub fn try_clone_file(&self) -> io::Result<File> {
+        self.files.file.try_clone()
+    }
+
     fn from_files(file: File, unaligned: Option<File>, options: Options) -> io::Result<Self> {
         let bytes = size(&file)?;
         if bytes == 0 || bytes % SECTOR != 0 {

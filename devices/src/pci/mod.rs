@@ -1,1 +1,31 @@
-//! PCI.
+//! PCI: one root bus, the functions on it, their configuration space, BARs and MSI-X.
+//!
+//! ```text
+//!   ports 0xcf8, 0xcfc ─┐                    ┌─ host bridge
+//!                       ├─► PciRoot ─────────┼─ Endpoint ── Config      what the guest reads
+//!   ECAM (memory) ──────┘   bus 0, by slot   │     │   └─── Msix        its interrupts
+//!                                            │     └─ Bar ► the memory bus, where it is decoded
+//!                                            └─ Endpoint ...
+//! ```
+//!
+//! Configuration space is made of registers of 4 bytes. Whatever the width of an access, it
+//! arrives at a [`Function`] as one register and the bits of it that are meant, as on a real bus
+//! (PCI 3.0 §3.2.2.3.4, byte enables).
+
+pub mod access;
+pub mod bar_space;
+pub mod capability;
+pub mod config;
+pub mod endpoint;
+pub mod function;
+pub mod msix;
+pub mod root;
+
+pub use access::{ConfigPorts, Ecam};
+pub use bar_space::BarSpace;
+pub use capability::Capability;
+pub use config::{Config, Ids};
+pub use endpoint::{Bar, Endpoint, Placed};
+pub use function::Function;
+pub use msix::Msix;
+pub use root::{Address, PciRoot};

@@ -6,6 +6,7 @@
 //! time may enter, and neither knows which thread that is nor which transport it hangs on.
 
 pub mod blk;
+pub mod pci;
 pub mod queue;
 pub mod rng;
 pub mod seat;

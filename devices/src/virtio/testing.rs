@@ -74,6 +74,8 @@ impl InterruptSink for Interrupts {
         self.config.fetch_add(1, Ordering::AcqRel);
         let _ = self.events.send(None);
     }
+
+    fn reset(&self) {}
 }
 
 /// A device with its transport, as a driver sees it.

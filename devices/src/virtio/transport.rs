@@ -39,6 +39,8 @@ pub trait InterruptSink: Send + Sync {
     fn queue(&self, queue: u16);
     /// The configuration or the status has changed.
     fn config(&self);
+    /// The device was reset: what the driver chose is void.
+    fn reset(&self);
 }
 
 /// What queue handlers tell the transport, from whatever thread they run on.
@@ -356,6 +358,7 @@ impl Transport {
         *registers =
             Registers { queues: initial_queues(&*self.device), ..Registers::default() };
         self.events.needs_reset.store(false, Release);
+        self.events.sink.reset();
     }
 }
 

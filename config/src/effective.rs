@@ -1,0 +1,186 @@
+//! The plan written as a file again, every default spelt out.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use crate::cpuset::CpuSet;
+use crate::plan::{
+    Disk, DiskSource, Engine, MAIN, Placement, Plan, Sched, SerialOut, Thread, ThreadId, Vcpu,
+    Verdict,
+};
+use crate::units::{format_size, format_time};
+
+/// The text of a file that loads to `plan`.
+pub(crate) fn toml(plan: &Plan) -> String {
+    let mut text = String::new();
+    write(&mut text, plan).expect("a String takes everything");
+    text
+}
+
+fn write(out: &mut String, plan: &Plan) -> std::fmt::Result {
+    writeln!(out, "schema = 1\nname = {}", quote(&plan.name))?;
+
+    let machine = &plan.machine;
+    let hugepages =
+        machine.hugepages.map(|size| format!(", hugepages = \"{}\"", format_size(size)));
+    let topology = machine.topology;
+    writeln!(out, "\n[machine]")?;
+    writeln!(
+        out,
+        "memory = {{ size = \"{}\"{} }}",
+        format_size(machine.memory),
+        hugepages.unwrap_or_default()
+    )?;
+    writeln!(
+        out,
+        "cpus = {{ count = {}, topology = {{ sockets = {}, dies = {}, cores = {}, threads = {} }} }}",
+        plan.vcpus.len(),
+        topology.sockets,
+        topology.dies,
+        topology.cores,
+        topology.threads
+    )?;
+    writeln!(out, "debug-exit = {}", machine.debug_exit)?;
+
+    if let Some(boot) = &plan.boot {
+        writeln!(out, "\n[boot]\nkernel = {}", quote_path(&boot.kernel))?;
+        if let Some(initrd) = &boot.initrd {
+            writeln!(out, "initrd = {}", quote_path(initrd))?;
+        }
+        writeln!(out, "cmdline = {}", quote(&boot.cmdline))?;
+    }
+
+    write_vcpus(out, &plan.vcpus)?;
+    for thread in &plan.threads {
+        writeln!(out, "\n[thread.{}]", thread.name)?;
+        if let Some(cpus) = &thread.cpus {
+            writeln!(out, "cpus = \"{cpus}\"")?;
+        }
+        let poll = thread.poll;
+        writeln!(out, "sched = {}", sched(thread.sched))?;
+        writeln!(
+            out,
+            "poll = {{ max = \"{}\", grow = {}, shrink = {} }}",
+            format_time(poll.max),
+            poll.grow,
+            poll.shrink
+        )?;
+    }
+    for disk in &plan.disks {
+        write_disk(out, disk, &plan.threads)?;
+    }
+    for rng in &plan.rngs {
+        let place = place(rng.place, &plan.threads);
+        writeln!(out, "\n[rng.{}]\nplace = \"{place}\"", rng.name)?;
+    }
+    if plan.serials.is_empty() {
+        writeln!(out, "\n[serial]")?;
+    }
+    for serial in &plan.serials {
+        let target = match &serial.out {
+            SerialOut::Stdio => quote("stdio"),
+            SerialOut::Null => quote("null"),
+            SerialOut::File(path) => format!("{{ file = {} }}", quote_path(path)),
+        };
+        writeln!(out, "\n[serial.{}]\nout = {target}", serial.name)?;
+    }
+    let verdict = |verdict| match verdict {
+        Verdict::Allow => "allow",
+        Verdict::Warn => "warn",
+        Verdict::Error => "error",
+    };
+    let policy = plan.policy;
+    writeln!(out, "\n[policy]\noverlap = \"{}\"", verdict(policy.overlap))?;
+    writeln!(out, "fallback = \"{}\"", verdict(policy.fallback))
+}
+
+fn write_vcpus(out: &mut String, vcpus: &[Vcpu]) -> std::fmt::Result {
+    writeln!(out, "\n[vcpu]\naffinity = \"none\"")?;
+    writeln!(out, "sched = {}", sched(vcpus.first().map(|vcpu| vcpu.sched).unwrap_or_default()))?;
+    let pins = groups(vcpus.iter().map(|vcpu| &vcpu.cpus));
+    if pins.iter().any(|(cpus, _)| cpus.is_some()) {
+        writeln!(out, "\n[vcpu.pin]")?;
+    }
+    for (cpus, vcpus) in pins {
+        if let Some(cpus) = cpus {
+            writeln!(out, "\"{vcpus}\" = \"{cpus}\"")?;
+        }
+    }
+    Ok(())
+}
+
+/// Each different item with the set of its indices, in the order of their first.
+pub(crate) fn groups<T: PartialEq>(items: impl Iterator<Item = T>) -> Vec<(T, CpuSet)> {
+    let mut groups: Vec<(T, CpuSet)> = Vec::new();
+    for (index, item) in (0..).zip(items) {
+        match groups.iter_mut().find(|(other, _)| *other == item) {
+            Some((_, indices)) => indices.insert(index),
+            None => groups.push((item, CpuSet::from_iter([index]))),
+        }
+    }
+    groups
+}
+
+fn write_disk(out: &mut String, disk: &Disk, threads: &[Thread]) -> std::fmt::Result {
+    writeln!(out, "\n[disk.{}]", disk.name)?;
+    match &disk.source {
+        DiskSource::File(path) => writeln!(out, "path = {}", quote_path(path))?,
+        DiskSource::FileOrCreate(path, size) => {
+            writeln!(out, "path = {}\nsize = \"{}\"", quote_path(path), format_size(*size))?;
+        }
+        DiskSource::Scratch(size) => writeln!(out, "size = \"{}\"", format_size(*size))?,
+    }
+    writeln!(out, "read-only = {}\ndirect = {}", disk.read_only, disk.direct)?;
+    let engine = match disk.engine {
+        Engine::IoUring => "io_uring",
+        Engine::Sync => "sync",
+    };
+    writeln!(out, "engine = \"{engine}\"\nqueues = {}", disk.queues.len())?;
+    writeln!(out, "queue-size = {}", disk.queue_size)?;
+    let places = groups(disk.queues.iter().copied());
+    match places.as_slice() {
+        [(only @ (Placement::Loop(_) | Placement::Vcpu { home: MAIN }), _)] => {
+            writeln!(out, "place = \"{}\"", place(*only, threads))?;
+        }
+        _ => {
+            for (on, queues) in &places {
+                writeln!(out, "\n[[disk.{}.place]]\nqueues = \"{queues}\"", disk.name)?;
+                writeln!(out, "on = \"{}\"", place(*on, threads))?;
+                if let Placement::Vcpu { home } = on {
+                    writeln!(out, "home = \"{}\"", name(*home, threads))?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn name(id: ThreadId, threads: &[Thread]) -> &str {
+    &threads[id.0].name
+}
+
+fn place(place: Placement, threads: &[Thread]) -> &str {
+    match place {
+        Placement::Loop(id) => name(id, threads),
+        Placement::Vcpu { .. } => "vcpu",
+    }
+}
+
+fn sched(sched: Sched) -> String {
+    match sched {
+        Sched::Other { nice } => format!("{{ policy = \"other\", nice = {nice} }}"),
+        Sched::Batch { nice } => format!("{{ policy = \"batch\", nice = {nice} }}"),
+        Sched::Idle => "{ policy = \"idle\" }".to_owned(),
+        Sched::Fifo { priority } => format!("{{ policy = \"fifo\", priority = {priority} }}"),
+        Sched::Rr { priority } => format!("{{ policy = \"rr\", priority = {priority} }}"),
+    }
+}
+
+fn quote(text: &str) -> String {
+    toml::Value::from(text).to_string()
+}
+
+/// Paths of a plan came out of TOML, under a directory with a UTF-8 name.
+fn quote_path(path: &Path) -> String {
+    quote(&path.to_string_lossy())
+}

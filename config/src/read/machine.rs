@@ -1,0 +1,90 @@
+//! `[machine]` and `[boot]`.
+
+use crate::keys::MAX_VCPUS;
+use crate::plan::{Boot, Machine, Topology};
+use crate::reader::Reader;
+use crate::units::format_size;
+
+/// Memory is made of pieces of this size.
+const PIECE: u64 = 2 << 20;
+/// As much as 46 bits of address can hold, which every host has.
+const MOST_MEMORY: u64 = 64 << 40;
+const DEFAULT_MEMORY: u64 = 256 << 20;
+const LONGEST_CMDLINE: usize = 4095;
+
+/// The machine and the number of its vCPUs.
+pub(super) fn machine(table: &Reader<'_>) -> (Machine, u32) {
+    let (memory, hugepages) = memory(&table.table("memory"));
+    let topology = topology(&table.table("cpus"));
+    let debug_exit = table.value("debug-exit").and_then(|value| value.bool()).unwrap_or(false);
+    let Topology { sockets, dies, cores, threads } = topology;
+    (Machine { memory, hugepages, topology, debug_exit }, sockets * dies * cores * threads)
+}
+
+fn memory(table: &Reader<'_>) -> (u64, Option<u64>) {
+    let hugepages =
+        table.value("hugepages").and_then(|value| value.word()).map(|size| match size {
+            "1G" => 1 << 30,
+            _ => 2 << 20,
+        });
+    let piece = hugepages.unwrap_or(PIECE);
+    let Some(value) = table.value("size") else {
+        return (DEFAULT_MEMORY, hugepages);
+    };
+    let Some(size) = value.size() else {
+        return (DEFAULT_MEMORY, hugepages);
+    };
+    if size == 0 || !size.is_multiple_of(piece) {
+        let rounded = format_size(size.next_multiple_of(piece).max(piece).min(MOST_MEMORY));
+        value.error(
+            format!("the memory must be a multiple of {}", format_size(piece)),
+            Some(format!("the next is \"{rounded}\"")),
+        );
+    } else if size > MOST_MEMORY {
+        value.error(format!("the most memory is {}", format_size(MOST_MEMORY)), None);
+    }
+    (size, hugepages)
+}
+
+fn topology(cpus: &Reader<'_>) -> Topology {
+    let count: Option<u32> = cpus.value("count").and_then(|value| value.int());
+    let table = cpus.table("topology");
+    let level = |key| table.value(key).and_then(|value| value.int()).unwrap_or(1u32);
+    let [sockets, dies, cores, threads] = ["sockets", "dies", "cores", "threads"].map(level);
+    let topology = Topology { sockets, dies, cores, threads };
+    let flat = Topology { sockets: 1, dies: 1, cores: count.unwrap_or(1), threads: 1 };
+    if !cpus.has("topology") {
+        return flat;
+    }
+    let product: u64 = [sockets, dies, cores, threads].into_iter().map(u64::from).product();
+    if let Some(count) = count.filter(|count| product != u64::from(*count)) {
+        table.error(
+            format!("this topology makes {product} CPUs, but `machine.cpus.count` is {count}"),
+            Some(
+                "sockets x dies x cores x threads must be the count; leave one of them out"
+                    .to_owned(),
+            ),
+        );
+        return flat;
+    }
+    if product > MAX_VCPUS as u64 {
+        table.error(format!("this topology makes {product} CPUs, the most is {MAX_VCPUS}"), None);
+        return flat;
+    }
+    topology
+}
+
+/// `None`: there is no kernel, which is reported.
+pub(super) fn boot(table: &Reader<'_>) -> Option<Boot> {
+    let kernel = table.value("kernel").and_then(|value| value.path());
+    let initrd = table.value("initrd").and_then(|value| value.path());
+    let cmdline = table.value("cmdline").and_then(|value| {
+        let fits = |text: &str| match text {
+            _ if text.contains('\0') => Err("has a NUL in it"),
+            _ if text.len() > LONGEST_CMDLINE => Err("is longer than 4095 bytes"),
+            _ => Ok(text.to_owned()),
+        };
+        value.parse(fits, |_| None)
+    });
+    Some(Boot { kernel: kernel?, initrd, cmdline: cmdline.unwrap_or_default() })
+}

@@ -1,0 +1,77 @@
+//! `heddle bench`: measurements that a person starts.
+
+use std::process::{Command, Stdio};
+
+use serde_json::{Value, json};
+
+use crate::cli::Bench;
+
+const INTERNAL: u8 = 1;
+
+/// Carries out `heddle bench` and gives the exit code.
+pub fn bench(what: &Bench) -> u8 {
+    let Bench::Start { runs, json } = what;
+    match start(*runs, *json) {
+        Ok(()) => 0,
+        Err(why) => {
+            eprintln!("heddle: bench: {why}");
+            INTERNAL
+        }
+    }
+}
+
+/// Starts a one-vCPU machine again and again, each time in a process of its own.
+fn start(runs: u32, as_json: bool) -> Result<(), String> {
+    let mut file = tempfile()?;
+    use std::io::Write;
+    let machine = "[machine]\nmemory = \"256M\"\ncpus = 1\n[disk.scratch]\nsize = \"8M\"\n";
+    file.write_all(machine.as_bytes()).map_err(|error| error.to_string())?;
+    let path = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&file));
+    let heddle = std::env::current_exe().map_err(|error| error.to_string())?;
+    let mut results: Vec<Value> = Vec::new();
+    for nth in 0..runs.max(1) {
+        let output = Command::new(&heddle)
+            .args(["run", &path, "--json"])
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .output()
+            .map_err(|error| error.to_string())?;
+        let report: Value = serde_json::from_slice(&output.stdout)
+            .map_err(|error| format!("run {nth} ended with {}: {error}", output.status))?;
+        if report["exit"] != 0 {
+            return Err(format!("run {nth}: {}", report["message"]));
+        }
+        results.push(report["timing"].clone());
+    }
+    let column = |name: &str| {
+        let mut values: Vec<f64> =
+            results.iter().filter_map(|timing| timing[name].as_f64()).collect();
+        values.sort_by(f64::total_cmp);
+        [values[0], values[values.len() / 2], values[values.len() - 1]]
+    };
+    let (time, memory) = (column("total-ms"), column("private-kib"));
+    if as_json {
+        let named = |[min, median, max]: [f64; 3]| json!({ "min": min, "median": median, "max": max });
+        let effective = Value::String(machine.to_owned());
+        let result = json!({ "runs": runs, "machine": effective,
+            "start-ms": named(time), "private-kib": named(memory) });
+        println!("{result:#}");
+    } else {
+        println!("{} starts of a one-vCPU machine, heddle's own part", results.len());
+        println!("{:<18} {:>10} {:>10} {:>10}", "", "min", "median", "max");
+        println!("{:<18} {:>7.2} ms {:>7.2} ms {:>7.2} ms", "to the first exit", time[0], time[1], time[2]);
+        println!("{:<18} {:>6} KiB {:>6} KiB {:>6} KiB", "private memory", memory[0], memory[1], memory[2]);
+    }
+    Ok(())
+}
+
+/// A regular file without a name, that the children can open through /proc.
+fn tempfile() -> Result<std::fs::File, String> {
+    use std::os::unix::fs::OpenOptionsExt;
+    std::fs::File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_TMPFILE)
+        .open(std::env::temp_dir())
+        .map_err(|error| format!("a temporary file: {error}"))
+}

@@ -1,0 +1,146 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Exit codes, as `--help` shows them.
+const EXIT_CODES: &str = "\
+Exit codes:
+  0        the guest powered off, or wrote 0 to the debug-exit port
+  1        internal error, or the built-in guest failed
+  2        usage
+  3        the configuration is invalid
+  4        this host cannot (no KVM, a file, a cpuset, a limit)
+  10       the guest asked for a reset
+  11       the guest panicked
+  12       triple fault
+  14       --timeout
+  64-127   the guest wrote v to the debug-exit port: 64 + min(v, 63)
+  128+n    signal n";
+
+/// A virtual machine monitor whose thread placement is data.
+#[derive(Debug, Parser)]
+#[command(name = "heddle", version, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a machine until it ends
+    ///
+    /// The console is on the terminal: Ctrl-A X ends the machine, Ctrl-A Ctrl-A sends a Ctrl-A.
+    /// A file without [boot] runs the built-in guest, which drives every device and checks every
+    /// byte.
+    #[command(after_help = EXIT_CODES)]
+    Run(Run),
+    /// Say all that is wrong with a file; no side effects
+    Check(Check),
+    /// Say which thread will do what, where, and why
+    Explain(Explain),
+    /// Describe every key of a machine file
+    Schema {
+        /// As a JSON schema, for editors
+        #[arg(long)]
+        json_schema: bool,
+    },
+    /// Print a machine file to start from
+    Init {
+        /// Which one
+        #[arg(long, default_value = "small")]
+        template: String,
+    },
+    /// Measure
+    Bench {
+        /// What to measure
+        #[command(subcommand)]
+        what: Bench,
+    },
+}
+
+/// A machine file, and changes to it.
+#[derive(Debug, Args)]
+pub struct MachineFile {
+    /// The machine file (TOML)
+    pub file: PathBuf,
+    /// Change a value, for example machine.cpus=8; may be given several times
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+}
+
+/// `heddle run`.
+#[derive(Debug, Args)]
+pub struct Run {
+    /// What to run.
+    #[command(flatten)]
+    pub machine: MachineFile,
+    /// End the machine after this time, for example 60s
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub timeout: Option<Duration>,
+    /// Say where the time of the start went and what memory heddle itself takes
+    #[arg(long)]
+    pub timing: bool,
+    /// At the end, say what each thread did
+    #[arg(long)]
+    pub stats: bool,
+    /// At the end, print one JSON object on standard output; the console goes to standard error
+    #[arg(long)]
+    pub json: bool,
+    /// Print the effective configuration first, with includes, --set and defaults worked in
+    #[arg(long)]
+    pub print_effective: bool,
+}
+
+/// `heddle check`.
+#[derive(Debug, Args)]
+pub struct Check {
+    /// What to check.
+    #[command(flatten)]
+    pub machine: MachineFile,
+    /// Also check what the file needs of this host: files, KVM, CPUs, huge pages, limits
+    #[arg(long)]
+    pub host: bool,
+    /// For programs
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `heddle explain`.
+#[derive(Debug, Args)]
+pub struct Explain {
+    /// What to explain.
+    #[command(flatten)]
+    pub machine: MachineFile,
+    /// For programs
+    #[arg(long)]
+    pub json: bool,
+    /// Plan for another host, from a copy of its /sys
+    #[arg(long, value_name = "DIR")]
+    pub sysfs: Option<PathBuf>,
+    /// Add totals for this many machines
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub vms: u32,
+}
+
+/// `heddle bench`.
+#[derive(Debug, Subcommand)]
+pub enum Bench {
+    /// Start-up time and private memory of a one-vCPU machine
+    Start {
+        /// How many starts
+        #[arg(long, default_value_t = 20)]
+        runs: u32,
+        /// For programs
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    config::units::parse_time(text).map_err(|error| error.to_string())
+}

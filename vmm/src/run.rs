@@ -1,0 +1,221 @@
+//! `heddle run`: one machine from its file to its exit code.
+
+use std::fs::File;
+use std::io::{IsTerminal, Write};
+use std::os::fd::AsRawFd;
+
+use config::plan::{Plan, SerialOut, Verdict};
+use config::{Host, Loaded, Severity};
+use iothread::Blocking;
+use serde_json::{Value, json};
+
+use crate::cli::Run;
+use crate::console::Supervisor;
+use crate::ending::End;
+use crate::machine::{HostError, Machine, ThreadInfo};
+use crate::terminal::{RawTerminal, Signals};
+use crate::timing::{Timing, TimingReport};
+use crate::verdict;
+
+const INVALID: u8 = 3;
+const HOST: u8 = 4;
+
+/// Should messages on standard error be coloured?
+pub fn colors() -> bool {
+    std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
+}
+
+/// Columns of this terminal.
+pub fn terminal_columns(tty: &File) -> Option<usize> {
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    #[expect(unsafe_code, reason = "TIOCGWINSZ")]
+    // SAFETY: the kernel writes one winsize.
+    let result = unsafe { libc::ioctl(tty.as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) };
+    (result == 0 && size.ws_col > 0).then_some(usize::from(size.ws_col))
+}
+
+/// Carries out `heddle run` and gives the exit code.
+pub fn run(options: &Run) -> u8 {
+    let mut timing = Timing::default();
+    let loaded = match config::load(&options.machine.file, &options.machine.set) {
+        Ok(loaded) => loaded,
+        Err(diagnostics) => {
+            if options.json {
+                println!("{:#}", diagnostics.to_json());
+            } else {
+                eprint!("{}", diagnostics.render(colors()));
+            }
+            return INVALID;
+        }
+    };
+    eprint!("{}", loaded.warnings.render(colors()));
+    if options.print_effective {
+        eprintln!("{}", loaded.effective);
+    }
+    timing.lap("configuration");
+    match run_plan(options, &loaded, timing) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("heddle: {error}");
+            if options.json {
+                println!("{}", json!({ "exit": HOST, "reason": "host", "message": error.to_string() }));
+            }
+            HOST
+        }
+    }
+}
+
+fn run_plan(options: &Run, loaded: &Loaded, mut timing: Timing) -> Result<u8, HostError> {
+    let plan = &loaded.plan;
+    let doubts = Doubts::of(plan)?;
+    doubts.say();
+    // Before any thread, so that all of them have these signals blocked.
+    let signals = Signals::take().map_err(|error| HostError::new("signals", error))?;
+    iothread::raise_file_limit().map_err(|error| HostError::new("open files", error))?;
+    timing.lap("host");
+    let console_on_stderr = options.json;
+    let (mut machine, lines) = Machine::build(plan, console_on_stderr, &mut timing)?;
+    let fallbacks: Vec<_> =
+        machine.fallbacks.iter().map(|f| format!("{}: {}", f.whose, f.what)).collect();
+    if plan.policy.fallback != Verdict::Allow {
+        fallbacks.iter().for_each(|fallback| eprintln!("heddle: not granted: {fallback}"));
+    }
+    let Some(blocking) = Blocking::on_this_thread() else {
+        return Err(HostError::new("heddle", "called from a loop"));
+    };
+    if plan.policy.fallback == Verdict::Error && !fallbacks.is_empty() {
+        let _ = machine.stop(&blocking);
+        return Err(HostError::new("policy.fallback", "a wish of the file was not granted"));
+    }
+    let stdio = plan.serials.iter().any(|serial| serial.out == SerialOut::Stdio);
+    let raw = if stdio { RawTerminal::take() } else { Ok(None) };
+    let raw = raw.map_err(|error| HostError::new("terminal", error))?;
+    // A terminal that is not ours (a job in the background) is not read either.
+    let reads = raw.is_some() || !std::io::stdin().is_terminal();
+    let mut supervisor = Supervisor::new(lines, signals, reads, raw.is_some());
+    let timing = timing.report();
+    machine.start();
+    let ending = machine.ending.clone();
+    let end = supervisor.wait(&ending, options.timeout);
+    let threads = machine.threads();
+    let images = std::mem::take(&mut machine.images);
+    let stopped = machine.stop(&blocking);
+    supervisor.finish(&ending);
+    drop(raw);
+    let said = supervisor.lines.first().and_then(|line| line.transcript.json.as_deref());
+    let guest: Option<Value> = said.and_then(|text| serde_json::from_str(text).ok());
+    let mut end = match stopped {
+        Ok(()) => end,
+        Err(why) => End::Internal(why),
+    };
+    if plan.boot.is_none() {
+        end = verdict::judge(end, guest.as_ref(), &images);
+    }
+    let report = Report { end: &end, threads: &threads, fallbacks: &fallbacks, timing: &timing };
+    if options.json {
+        println!("{}", report.to_json(loaded, guest.as_ref()));
+    } else {
+        report.say(options, plan);
+    }
+    Ok(end.exit_code())
+}
+
+/// What the plan's own policy says about doubtful placements, before anything is built.
+struct Doubts(Vec<config::Problem>);
+
+impl Doubts {
+    fn of(plan: &Plan) -> Result<Self, HostError> {
+        // A host whose topology cannot be read still runs machines.
+        let Ok(host) = Host::live() else { return Ok(Self(Vec::new())) };
+        let doubts = config::explain(plan, &host).warnings;
+        match doubts.iter().find(|doubt| doubt.severity == Severity::Error) {
+            Some(doubt) => Err(HostError::new(doubt.code, &doubt.message)),
+            None => Ok(Self(doubts)),
+        }
+    }
+
+    fn say(&self) {
+        for doubt in &self.0 {
+            eprintln!("heddle: warning[{}]: {}", doubt.code, doubt.message);
+        }
+    }
+}
+
+struct Report<'a> {
+    end: &'a End,
+    threads: &'a [ThreadInfo],
+    fallbacks: &'a [String],
+    timing: &'a TimingReport,
+}
+
+impl Report<'_> {
+    fn to_json(&self, loaded: &Loaded, guest: Option<&Value>) -> Value {
+        let threads = self.threads.iter().map(|thread| {
+            let granted = &thread.granted;
+            let counters: serde_json::Map<String, Value> = thread
+                .counters
+                .snapshot()
+                .into_iter()
+                .map(|(name, value)| (name.to_owned(), value.into()))
+                .collect();
+            json!({
+                "name": granted.name,
+                "tid": granted.tid,
+                "cpus": granted.cpus,
+                "sched": granted.sched.to_string(),
+                "counters": counters,
+            })
+        });
+        let raw = match self.end {
+            End::DebugExit(value) => Some(*value),
+            _ => None,
+        };
+        json!({
+            "exit": self.end.exit_code(),
+            "reason": self.end.reason(),
+            "message": self.end.to_string(),
+            "debug-exit": raw,
+            "not-granted": self.fallbacks,
+            "timing": self.timing,
+            "threads": threads.collect::<Vec<_>>(),
+            "guest": guest,
+            "effective": loaded.effective,
+        })
+    }
+
+    fn say(&self, options: &Run, plan: &Plan) {
+        let mut text = String::new();
+        if options.stats {
+            text += &stats(self.threads);
+        }
+        if options.timing {
+            text += &self.timing.render();
+        }
+        if !matches!(self.end, End::PowerOff | End::DebugExit(0)) || plan.boot.is_none() {
+            text += &format!("heddle: {}: {}\n", plan.name, self.end);
+        }
+        // Nobody to tell: the exit code still says it.
+        let _ = std::io::stderr().write_all(text.as_bytes());
+    }
+}
+
+/// The counters that tell where work was done, one line per thread.
+fn stats(threads: &[ThreadInfo]) -> String {
+    const COLUMNS: [&str; 9] = [
+        "kicks", "requests", "completions", "interrupts", "mmio_exits", "pio_exits", "sleeps",
+        "ring_enters", "left",
+    ];
+    let mut text = format!("{:<16}", "thread");
+    COLUMNS.iter().for_each(|column| text += &format!(" {column:>11}"));
+    text.push('\n');
+    for thread in threads {
+        let counters = thread.counters.snapshot();
+        text += &format!("{:<16}", thread.granted.name);
+        for column in COLUMNS {
+            let value = counters.iter().find(|(name, _)| *name == column).map_or(0, |(_, v)| *v);
+            text += &format!(" {value:>11}");
+        }
+        text.push('\n');
+    }
+    text
+}
