@@ -13,7 +13,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use devices::legacy::serial::{Serial, SerialOutput};
+use devices::legacy::Serial;
 
 use crate::ending::{End, Ending};
 use crate::terminal::Signals;
@@ -38,7 +38,6 @@ pub enum Sink {
 /// A serial port with its way out.
 pub struct Line {
     port: Arc<Serial>,
-    output: SerialOutput,
     sink: Sink,
     pending: VecDeque<u8>,
     /// Looks for the built-in guest's last words.
@@ -47,8 +46,8 @@ pub struct Line {
 
 impl Line {
     /// A port whose output goes to `sink`.
-    pub fn new(port: Arc<Serial>, output: SerialOutput, sink: Sink) -> Self {
-        Self { port, output, sink, pending: VecDeque::new(), transcript: Transcript::default() }
+    pub fn new(port: Arc<Serial>, sink: Sink) -> Self {
+        Self { port, sink, pending: VecDeque::new(), transcript: Transcript::default() }
     }
 
     fn is_stdio(&self) -> bool {
@@ -57,7 +56,7 @@ impl Line {
 
     fn collect(&mut self) {
         while self.pending.len() < CHUNK {
-            let bytes = self.output.drain(CHUNK);
+            let bytes = self.port.drain(CHUNK);
             if bytes.is_empty() {
                 return;
             }
@@ -223,13 +222,13 @@ impl Supervisor {
         ];
         let outputs = self.lines.iter().map(|line| line.blocked_on().unwrap_or(-1));
         fds.extend(outputs.map(|fd| pollfd(fd, libc::POLLOUT)));
+        // What goes to a file or nowhere need not wait for room.
         let idle = self.lines.iter().all(|line| line.pending.is_empty() || line.is_stdio());
-        let mut limit = timeout.map_or(-1, |t| t.as_millis().min(1 << 30) as libc::c_int + 1);
-        if !idle {
-            limit = 0;
-        } else if !room {
-            limit = limit.min(10).max(if limit < 0 { 10 } else { 0 }); // the port was full
-        }
+        let limit = match timeout {
+            _ if !idle => 0,
+            None => -1,
+            Some(timeout) => timeout.as_millis().min(1 << 30) as libc::c_int + 1,
+        };
         // SAFETY: the pointer and length are those of the vector.
         unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, limit) };
         if fds[0].revents != 0 {

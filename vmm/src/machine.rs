@@ -10,14 +10,13 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::Arc;
 use std::time::Duration;
 
+use config::CpuSet;
 use config::plan::{self, Disk, DiskSource, Plan, SerialOut};
 use devices::block::Backend;
 use devices::block::raw::{Engine, Options, RawImage};
 use devices::bus::Bus;
 use devices::device::{Device, Lifecycle, Paused};
-use devices::legacy::debug_exit::DebugExit;
-use devices::legacy::power_ports::PowerPorts;
-use devices::legacy::serial::Serial;
+use devices::legacy::{DebugExit, I8042, PowerPorts, Serial};
 use devices::pci::{BarSpace, ConfigPorts, Ecam, Function, PciRoot};
 use devices::power::Power;
 use devices::virtio::blk::Blk;
@@ -272,6 +271,10 @@ fn load(plan: &Plan, memory: &Mem, apic_ids: &[u32]) -> Result<boot::Entry, Host
     Ok(boot::load(memory, boot, apic_ids)?)
 }
 
+fn cpu_ids(cpus: &CpuSet) -> Vec<usize> {
+    cpus.iter().map(|cpu| cpu as usize).collect()
+}
+
 fn sched(sched: plan::Sched) -> Sched {
     match sched {
         plan::Sched::Other { nice } => Sched::Other(nice),
@@ -313,7 +316,7 @@ impl Parts {
         for thread in &plan.threads {
             let spec = ThreadSpec {
                 name: thread.name.clone(),
-                cpus: thread.cpus.as_ref().map(|cpus| cpus.iter().collect()),
+                cpus: thread.cpus.as_ref().map(cpu_ids),
                 sched: sched(thread.sched),
             };
             let poll = PollPolicy {
@@ -353,9 +356,10 @@ impl Parts {
         Self::put(&self.ports, ConfigPorts::PORT, ConfigPorts::SIZE, Arc::new(config))?;
         let ecam = Ecam::new(Arc::clone(&self.root));
         Self::put(&self.mmio, ECAM, Ecam::BUS_SIZE, Arc::new(ecam))?;
-        for (base, size, device) in PowerPorts::all(&power) {
-            Self::put(&self.ports, base, size, device)?;
-        }
+        let switch = PowerPorts::new(Arc::clone(&power));
+        Self::put(&self.ports, PowerPorts::PORT, PowerPorts::SIZE, Arc::new(switch))?;
+        let keyboard = I8042::new(Arc::clone(&power));
+        Self::put(&self.ports, I8042::PORT, I8042::SIZE, Arc::new(keyboard))?;
         if plan.machine.debug_exit {
             let device = Arc::new(DebugExit::new(power));
             Self::put(&self.ports, DebugExit::PORT, DebugExit::SIZE, device)?;
@@ -365,18 +369,16 @@ impl Parts {
 
     fn add_serial(&mut self, serial: &plan::Serial, to_stderr: bool) -> Result<Line, HostError> {
         let whose = format!("serial.{}", serial.name);
-        // COM1 to COM4, and the interrupts PCs have for them.
-        let (port, gsi) = match serial.name.as_str() {
-            "com2" => (0x2f8, 3),
-            "com3" => (0x3e8, 4),
-            "com4" => (0x2e8, 3),
-            _ => (0x3f8, 4),
+        let nth = match serial.name.as_str() {
+            "com2" => 1,
+            "com3" => 2,
+            "com4" => 3,
+            _ => 0,
         };
-        let line = Arc::new(KvmLine { vm: Arc::clone(&self.vm), gsi });
+        let line = Arc::new(KvmLine { vm: Arc::clone(&self.vm), gsi: Serial::IRQS[nth] });
         let ending = self.ending.clone();
-        let (device, output) = Serial::new(&whose, line, Arc::new(move || ending.wake()));
-        let device = Arc::new(device);
-        Self::put(&self.ports, port, Serial::SIZE, Arc::clone(&device) as _)?;
+        let device = Arc::new(Serial::new(&whose, line, move || ending.wake()));
+        Self::put(&self.ports, Serial::PORTS[nth], Serial::SIZE, Arc::clone(&device) as _)?;
         self.devices.push(Arc::clone(&device) as _);
         let sink = match &serial.out {
             SerialOut::Null => Sink::Null,
@@ -392,7 +394,7 @@ impl Parts {
                 Sink::File(file)
             }
         };
-        Ok(Line::new(device, output, sink))
+        Ok(Line::new(device, sink))
     }
 
     fn add_disks(&mut self, plan: &Plan) -> Result<(), HostError> {
@@ -470,7 +472,7 @@ impl Parts {
             let (start, wait): (Sender<()>, Receiver<()>) = channel();
             let spec = ThreadSpec {
                 name: format!("vcpu{nth}"),
-                cpus: vcpu.cpus.as_ref().map(|cpus| cpus.iter().collect()),
+                cpus: vcpu.cpus.as_ref().map(cpu_ids),
                 sched: sched(vcpu.sched),
             };
             let vcpu = Vcpu::spawn(spec, fd, Arc::clone(shared), wait)

@@ -8,7 +8,6 @@ use serde_json::Value;
 
 use crate::ending::End;
 
-#[expect(missing_docs, dead_code, reason = "shared with the guest, which uses all of it")]
 #[path = "../../tests/guest/src/pattern.rs"]
 mod pattern;
 

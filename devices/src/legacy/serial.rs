@@ -157,9 +157,9 @@ struct Registers {
 
 /// One serial port.
 ///
-/// One thread is expected to fetch the output and to bring input. It is told by `wake` when there
-/// is something to do: output to [`drain`](Self::drain), or room for input that
-/// [`push_input`](Self::push_input) had refused.
+/// One thread is expected to fetch the output and to bring input. `wake` tells it when there is
+/// something to do: output to [`drain`](Self::drain), or room for input that
+/// [`push_input`](Self::push_input) had refused. It is not told again before it has called `drain`.
 pub struct Serial {
     name: String,
     irq: Edge,
@@ -184,11 +184,7 @@ impl Serial {
 
     /// A port as it is after a reset. `wake` may be called by any thread and in the midst of an
     /// access; it must not wait, nor enter the port.
-    pub fn new(
-        name: &str,
-        irq: Arc<dyn IrqLine>,
-        wake: impl Fn() + Send + Sync + 'static,
-    ) -> Self {
+    pub fn new(name: &str, irq: Arc<dyn IrqLine>, wake: impl Fn() + Send + Sync + 'static) -> Self {
         let output = Arc::new(Output {
             ring: ArrayQueue::new(OUTPUT_ROOM),
             woken: AtomicBool::new(false),
@@ -261,10 +257,10 @@ impl Registers {
     /// Raises the interrupt of an empty transmitter, if the guest wants one. The UART does that
     /// when interrupts are enabled, so they are enabled once more as they are.
     fn transmitter_is_ready(&mut self) {
-        let (line_control, enable) =
-            (self.uart.read(LINE_CONTROL), self.uart.state().interrupt_enable);
+        let line_control = self.uart.read(LINE_CONTROL);
         self.write(LINE_CONTROL, line_control & !DIVISOR_ACCESS);
-        self.write(INTERRUPT_ENABLE, enable);
+        let enabled = self.uart.read(INTERRUPT_ENABLE);
+        self.write(INTERRUPT_ENABLE, enabled);
         self.write(LINE_CONTROL, line_control);
     }
 }
@@ -317,7 +313,10 @@ impl Lifecycle for Serial {
         let writer = Writer(Arc::clone(&self.output));
         let uart = Uart::from_state(&saved.into(), self.irq.clone(), NoEvents, writer)
             .map_err(|e| refuse(e.to_string()))?;
-        self.registers().uart = uart;
+        let mut registers = self.registers();
+        registers.uart = uart;
+        // The guest may be waiting for a transmitter that was busy where it came from.
+        registers.transmitter_is_ready();
         Ok(())
     }
 }

@@ -147,7 +147,8 @@ impl Endpoint {
         let offset = u64::from(self.config.read(window + WINDOW_OFFSET));
         let length = u64::from(self.config.read(window + WINDOW_LENGTH));
         let bar = self.bars.iter().find(|bar| bar.index == index)?;
-        let sane = matches!(length, 1 | 2 | 4) && offset.is_multiple_of(length) && offset < bar.size;
+        let sane =
+            matches!(length, 1 | 2 | 4) && offset.is_multiple_of(length) && offset < bar.size;
         sane.then_some((&*bar.device, offset, length as usize))
     }
 

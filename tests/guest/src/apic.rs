@@ -142,6 +142,14 @@ impl Clock {
     }
 }
 
+/// Whether a device can interrupt a CPU with an id above 255, without interrupt remapping: KVM's
+/// extended destination ids.
+pub fn msi_reaches(id: u32) -> bool {
+    let [highest, a, b, c] = gate::cpuid(0x4000_0000, 0);
+    let kvm = [a, b, c] == [0x4b4d_564b, 0x564b_4d56, 0x4d] && highest > 0x4000_0000;
+    kvm && gate::cpuid(0x4000_0001, 0)[0] & 1 << 15 != 0 && id < 1 << 15
+}
+
 /// The time stamp counter of this CPU.
 pub fn now() -> u64 {
     // SAFETY: every x86-64 processor has it, and ring 3 may read it unless CR4.TSD is set.

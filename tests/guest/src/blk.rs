@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
 
 use crate::apic::{Clock, now};
-use crate::cpu::Cpu;
+use crate::cpu::{Cpu, VECTOR_CONFIG};
 use crate::mem;
 use crate::options::Options;
 use crate::pattern::{self, SECTOR, Stamp};
@@ -175,12 +175,13 @@ impl Disk {
         if usize::from(msix.vectors()) < cpus.len() + 1 {
             return Err(format!("{} MSI-X vectors for {} queues", msix.vectors(), cpus.len()));
         }
-        msix.route(0, cpus.first().map_or(0, |c| c.apic_id.load(Ordering::Relaxed)), crate::cpu::VECTOR_CONFIG);
+        let home = cpus.first().map_or(0, |cpu| cpu.apic_id.load(Ordering::Relaxed));
+        msix.route(0, home, VECTOR_CONFIG)?;
         self.transport.set_config_entry(0)?;
         let mut lanes = Vec::with_capacity(cpus.len());
         for (queue, cpu) in cpus.iter().enumerate() {
             let entry = queue as u16 + 1;
-            msix.route(entry, cpu.apic_id.load(Ordering::Relaxed), self.vector);
+            msix.route(entry, cpu.apic_id.load(Ordering::Relaxed), self.vector)?;
             let ring = self.transport.start_queue(
                 queue as u16,
                 self.queue_size,

@@ -5,7 +5,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt;
 
-use crate::gate;
+use crate::{apic, gate};
 use crate::mem::{self, Mmio};
 
 const COMMAND: u8 = 0x04;
@@ -205,14 +205,18 @@ impl MsixTable {
         self.vectors
     }
 
-    /// Sends an entry to a vector of one CPU and unmasks it. Ids above 255 use the extended
-    /// destination bits of the address.
-    pub fn route(&self, entry: u16, apic_id: u32, vector: u8) {
+    /// Sends an entry to a vector of one CPU and unmasks it. An id above 255 needs the extended
+    /// destination bits of the address, which not every machine has.
+    pub fn route(&self, entry: u16, apic_id: u32, vector: u8) -> Result<(), String> {
+        if apic_id > 0xff && !apic::msi_reaches(apic_id) {
+            return Err(format!("no message reaches the CPU with APIC id {apic_id}"));
+        }
         let offset = 16 * usize::from(entry);
         let address = 0xfee0_0000 | (apic_id & 0xff) << 12 | (apic_id >> 8 & 0x7f) << 5;
         self.registers.write32(offset, address);
         self.registers.write32(offset + 4, 0);
         self.registers.write32(offset + 8, vector.into());
         self.registers.write32(offset + 12, 0);
+        Ok(())
     }
 }

@@ -42,7 +42,7 @@ pub fn run(
     let size = transport.queue_size(0).min(RING);
     // Not every device has a vector to spare for configuration changes.
     let entry = transport.msix().vectors().saturating_sub(1).min(1);
-    transport.msix().route(entry, cpu.apic_id.load(Ordering::Relaxed), vector);
+    transport.msix().route(entry, cpu.apic_id.load(Ordering::Relaxed), vector)?;
     let mut ring = transport.start_queue(0, size, entry, features & virtio::F_EVENT_IDX != 0)?;
     transport.driver_ok();
 

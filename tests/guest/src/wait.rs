@@ -10,8 +10,9 @@ use crate::virtio::{Ring, Transport};
 
 /// How long to look before giving the host's CPU to somebody else, who may be the device.
 const SPIN_MICROS: u64 = 100;
-/// The first and the longest of the naps in between; each is twice as long as the one before.
-const NAP_MICROS: [u64; 2] = [200, 10_000];
+/// The shortest and the longest nap in between. Each is twice as long as the one before, and the
+/// next wait begins with one that would have taken two this time.
+const NAP_MICROS: [u64; 2] = [200, 200_000];
 /// A sleeper looks around this often even if nothing wakes it.
 const TICK_MICROS: u64 = 1_000_000;
 /// How long an interrupt may lag behind its completion.
@@ -22,6 +23,8 @@ pub struct Waiter<'a> {
     clock: Clock,
     /// Microseconds without a completion until the wait fails.
     patience: u64,
+    /// Microseconds of the next nap.
+    nap: u64,
     /// Interrupts seen when last asked for one.
     before: u64,
     /// Timer ticks seen when the timer was armed, while it is.
@@ -31,7 +34,7 @@ pub struct Waiter<'a> {
 impl<'a> Waiter<'a> {
     pub fn new(cpu: &'a Cpu, clock: Clock, watchdog_seconds: u64) -> Self {
         let patience = watchdog_seconds.saturating_mul(1_000_000);
-        Waiter { cpu, clock, patience, before: 0, armed: None }
+        Waiter { cpu, clock, patience, nap: NAP_MICROS[0], before: 0, armed: None }
     }
 
     /// Says how the next completions shall be told; to be called before the kick, so that even
@@ -62,20 +65,22 @@ impl<'a> Waiter<'a> {
     fn poll(&mut self, ring: &mut Ring, transport: &Transport) -> Result<(), String> {
         let begin = now();
         let mut checked = begin;
-        let [mut nap, longest] = NAP_MICROS;
+        let [shortest, longest] = NAP_MICROS;
         while now() - begin < self.clock.ticks(SPIN_MICROS) {
             for _ in 0..32 {
                 if ring.has_used() {
+                    self.nap = shortest.max(self.nap / 2);
                     return Ok(());
                 }
                 core::hint::spin_loop();
             }
         }
         while !ring.has_used() {
-            self.halt(ring, nap);
-            nap = longest.min(2 * nap);
+            self.halt(ring, self.nap);
+            self.nap = longest.min(2 * self.nap);
             self.look_around(ring, transport, begin, &mut checked)?;
         }
+        self.nap = shortest.max(self.nap / 4);
         Ok(())
     }
 
