@@ -18,7 +18,8 @@ use crate::units::format_time;
 pub struct Explanation {
     /// The machine's name.
     pub name: String,
-    /// Every thread heddle makes: `main`, the iothreads, the vCPUs. The kernel adds its own.
+    /// Every thread: the process's first one and those heddle makes, which are `main`, the
+    /// iothreads and the vCPUs. The kernel adds its own.
     pub threads: Vec<ThreadReport>,
     /// What is doubtful.
     pub warnings: Vec<Problem>,
@@ -34,7 +35,7 @@ pub struct Explanation {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct ThreadReport {
-    /// `main`, the name in the file, or `vcpu0`.
+    /// `heddle`, `main`, the name in the file, or `vcpu0`.
     pub name: String,
     /// What it is for.
     pub role: Role,
@@ -60,6 +61,8 @@ pub struct ThreadReport {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Role {
+    /// The process's first thread: it waits for the end and carries the console.
+    Process,
     /// The main loop.
     Main,
     /// An event loop of the file.
@@ -100,7 +103,18 @@ pub fn explain(plan: &Plan, host: &Host) -> Explanation {
         Some(cpus) => host.nodes_of(cpus),
         None => host.nodes_of(&host.usable()),
     };
-    let mut threads = Vec::new();
+    let mut threads = vec![ThreadReport {
+        name: "heddle".to_owned(),
+        role: Role::Process,
+        cpus: None,
+        nodes: nodes(&None),
+        policy: policy(Sched::default()),
+        poll: None,
+        queues: Vec::new(),
+        reasons: vec![process(plan)],
+        fds: PROCESS_FDS + plan.disks.iter().map(|disk| 2 + u64::from(disk.direct)).sum::<u64>(),
+        rings: 0,
+    }];
     for (id, thread) in plan.threads.iter().enumerate().map(|(id, thread)| (ThreadId(id), thread)) {
         let is_main = id == MAIN;
         threads.push(ThreadReport {
@@ -111,11 +125,10 @@ pub fn explain(plan: &Plan, host: &Host) -> Explanation {
             policy: policy(thread.sched),
             poll: poll(thread.poll),
             queues: work.served(Placement::Loop(id)),
-            reasons: reasons(plan, &work, id),
+            reasons: reasons(&work, id),
             fds: LOOP_FDS
                 + work.queues(|queue| queue.place == Placement::Loop(id))
-                + u64::from(work.needs_ring(id))
-                + if is_main { BASE_FDS + plan.disks.len() as u64 } else { 0 },
+                + RING_FDS * u64::from(work.needs_ring(id)),
             rings: u64::from(work.needs_ring(id)),
         });
     }
@@ -185,8 +198,10 @@ impl Explanation {
 
 /// epoll, timerfd, eventfd.
 const LOOP_FDS: u64 = 3;
-/// stdio, /dev/kvm, the machine, signals, memory, and some in passing.
-const BASE_FDS: u64 = 16;
+/// The io_uring, and the eventfd that tells of its completions.
+const RING_FDS: u64 = 2;
+/// stdio and a copy of it, the machine, memory, signals, the end, and some in passing.
+const PROCESS_FDS: u64 = 16;
 
 /// One queue of one device.
 struct Queue<'p> {
@@ -251,14 +266,16 @@ impl<'p> Work<'p> {
     }
 }
 
-fn reasons(plan: &Plan, work: &Work<'_>, id: ThreadId) -> Vec<String> {
+/// What the process's first thread is for.
+fn process(plan: &Plan) -> String {
+    let serials = plan.serials.iter().map(|serial| format!(", serial.{}", serial.name));
+    format!("the process's own thread: start, end, signals{}", serials.collect::<String>())
+}
+
+fn reasons(work: &Work<'_>, id: ThreadId) -> Vec<String> {
     let mut reasons = Vec::new();
     if id == MAIN {
-        let serials: Vec<_> =
-            plan.serials.iter().map(|serial| format!("serial.{}", serial.name)).collect();
-        let serials =
-            if serials.is_empty() { String::new() } else { format!(", {}", serials.join(", ")) };
-        reasons.push(format!("every machine has it: start, end, signals{serials}"));
+        reasons.push("every machine has it, for what is placed nowhere else".to_owned());
     }
     let served = work.served(Placement::Loop(id));
     if !served.is_empty() {
@@ -271,7 +288,7 @@ fn reasons(plan: &Plan, work: &Work<'_>, id: ThreadId) -> Vec<String> {
     let homes = work.served(Placement::Vcpu { home: id });
     if !homes.is_empty() {
         let homes = homes.join(", ");
-        reasons.push(format!("home of {homes}, which run on the submitting vCPU"));
+        reasons.push(format!("home of {homes}, run on the submitting vCPU"));
     }
     if reasons.is_empty() {
         reasons.push("the file declares it, but gives it no work".to_owned());

@@ -144,20 +144,22 @@ fn every_thread_is_there_with_its_work() {
     let explanation = warns(text, &synthetic(1, 8, 1), &[]);
     let threads = &explanation.threads;
     let names: Vec<_> = threads.iter().map(|thread| thread.name.as_str()).collect();
-    assert_eq!(names, ["main", "io0", "io1", "vcpu0", "vcpu1", "vcpu2", "vcpu3"]);
+    assert_eq!(names, ["heddle", "main", "io0", "io1", "vcpu0", "vcpu1", "vcpu2", "vcpu3"]);
+    assert_eq!(threads[0].role, Role::Process);
+    let threads = &threads[1..];
     let roles: Vec<_> = threads.iter().take(4).map(|thread| thread.role).collect();
     assert_eq!(roles, [Role::Main, Role::Iothread, Role::Iothread, Role::Vcpu]);
     assert_eq!(threads[0].queues, ["rng.r:q0"]);
     assert_eq!(threads[1].queues, ["disk.data:q0,2"]);
     assert_eq!(threads[1].reasons, ["the file places disk.data:q0,2 here"]);
     assert_eq!((threads[1].cpus.clone(), threads[1].poll.clone()), (Some(cpus("2")), None));
-    assert_eq!(threads[2].reasons, ["home of disk.data:q1,3, which run on the submitting vCPU"]);
-    assert_eq!((threads[2].policy.as_str(), threads[2].rings, threads[2].fds), ("fifo 5", 1, 4));
+    assert_eq!(threads[2].reasons, ["home of disk.data:q1,3, run on the submitting vCPU"]);
+    assert_eq!((threads[2].policy.as_str(), threads[2].rings, threads[2].fds), ("fifo 5", 1, 5));
     assert_eq!(threads[4].queues, ["disk.data:q1,3"]);
     let json = explanation.to_json();
-    assert_eq!(json["totals"]["threads"], 7);
-    assert_eq!(json["threads"][1]["role"], "iothread");
-    assert_eq!(json["threads"][1]["cpus"], "2");
+    assert_eq!(json["totals"]["threads"], 8);
+    assert_eq!(json["threads"][2]["role"], "iothread");
+    assert_eq!(json["threads"][2]["cpus"], "2");
     assert_eq!(explanation.for_vms(3).to_json()["totals"]["vcpus"], 12);
 }
 
@@ -171,20 +173,26 @@ fn the_table_is_tidy() {
         table.lines().all(|line| line.chars().count() <= 80 && line.trim_end() == line),
         "{table}"
     );
-    assert!(table.contains("vm: 66 threads (main, 1 iothread, 64 vCPUs)"), "{table}");
-    assert!(table.contains("2 such machines: 132 threads"), "{table}");
+    assert!(
+        table.contains("vm: 67 threads (the process's own, main, 1 iothread, 64 vCPUs)"),
+        "{table}"
+    );
+    assert!(table.contains("2 such machines: 134 threads"), "{table}");
     let small = explain(&plan("[machine]\ncpus = 2\n[disk.d]\nsize = \"1M\""), &synthetic(1, 2, 1));
     let expected = "\
 THREAD    CPUS  NODES  POLICY  POLL
+heddle    any   0      other   -
+    the process's own thread: start, end, signals, serial.com1
+    costs 18 fds
 main      any   0      other   32us
-    every machine has it: start, end, signals, serial.com1
+    every machine has it, for what is placed nowhere else
     disk.d:q0-1: placed here, which is the default
-    costs 23 fds, 1 ring, up to 32us of CPU time before each sleep
+    costs 7 fds, 1 ring, up to 32us of CPU time before each sleep
 vcpu 0-1  any   0      other   -
     runs a CPU of the guest
     costs 1 fd each
 
-vm: 3 threads (main, 0 iothreads, 2 vCPUs), 25 fds, 256M of memory, on 2 host CPUs
+vm: 4 threads (the process's own, main, 0 iothreads, 2 vCPUs), 27 fds, 256M of memory, on 2 host CPUs
 ";
     assert_eq!(small.render(100), expected);
 }

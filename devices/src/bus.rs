@@ -143,7 +143,8 @@ mod tests {
     fn ranges_that_meet_wrap_or_are_empty_are_refused() {
         let bus = Bus::default();
         bus.insert(0x10, 0x10, Arc::new(Tag(0))).unwrap();
-        for (base, size) in [(0x10, 1), (0x1f, 1), (0, 0x11), (0, 0x100), (0x40, 0), (u64::MAX, 2)] {
+        for (base, size) in [(0x10, 1), (0x1f, 1), (0, 0x11), (0, 0x100), (0x40, 0), (u64::MAX, 2)]
+        {
             assert_eq!(bus.insert(base, size, Arc::new(Tag(1))), Err(Occupied { base, size }));
         }
         bus.insert(u64::MAX, 1, Arc::new(Tag(1))).unwrap();

@@ -74,10 +74,9 @@ fn request(rig: &mut Rig, kind: u32, sector: u64, data: &[(u64, u32, bool)]) -> 
 fn everywhere(test: impl Fn(Placement<LoopHandle>, Engine, u64)) {
     for poll in [PollPolicy::OFF, PollPolicy::default()] {
         let home = TestLoop::new("io0", poll);
-        for placement in [
-            Placement::Loop(home.handle.clone()),
-            Placement::Vcpu { home: home.handle.clone() },
-        ] {
+        for placement in
+            [Placement::Loop(home.handle.clone()), Placement::Vcpu { home: home.handle.clone() }]
+        {
             for engine in [Engine::IoUring, Engine::Sync] {
                 for features in [PLAIN, PLAIN | F_EVENT_IDX, PLAIN | F_INDIRECT_DESC, ALL] {
                     test(placement.clone(), engine, features);
@@ -167,11 +166,8 @@ fn a_read_only_disk_refuses_writes() {
     let home = TestLoop::new("io0", PollPolicy::OFF);
     let file = image();
     let read_only = Options { read_only: true, ..options(Engine::IoUring) };
-    let mut rig = Rig::new(
-        disk(&file, read_only, 1),
-        Placement::Loop(home.handle.clone()),
-        memory(4 << 20),
-    );
+    let mut rig =
+        Rig::new(disk(&file, read_only, 1), Placement::Loop(home.handle.clone()), memory(4 << 20));
     rig.start(64, ALL);
     assert_ne!(rig.features & 1 << 5, 0, "VIRTIO_BLK_F_RO");
     assert_eq!(request(&mut rig, OUT, 0, &[(DATA, 512, false)]), (IOERR, 1));
@@ -269,7 +265,7 @@ fn rings_outside_memory_need_a_reset() {
     transport.set_rings(0, |rings| {
         rings.descriptors = 0x1000;
         rings.available = (1 << 20) - 2;
-        rings.used = u64::MAX & !3;
+        rings.used = !3;
     });
     transport.enable_queue(0);
     transport.set_status(15);

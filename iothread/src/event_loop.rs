@@ -354,7 +354,8 @@ impl EventLoop {
             }
         };
         let counters = &self.local.counters;
-        if found { counters.poll_hits.add(1) } else { counters.poll_misses.add(1) }
+        let outcome = if found { &counters.poll_hits } else { &counters.poll_misses };
+        outcome.add(1);
         self.account(Instant::now(), |counters| &counters.poll_ns);
         found
     }

@@ -51,8 +51,8 @@ pub(crate) struct Readiness {
 
 impl Readiness {
     pub(crate) fn new() -> io::Result<Self> {
-        let mut manager =
-            EventManager::new_with_capacity(CAPACITY).map_err(|e| io::Error::other(e.to_string()))?;
+        let mut manager = EventManager::new_with_capacity(CAPACITY)
+            .map_err(|e| io::Error::other(e.to_string()))?;
         let id = manager.add_subscriber(Noted(Vec::with_capacity(CAPACITY)));
         Ok(Self { manager, id, tasks: Vec::new() })
     }

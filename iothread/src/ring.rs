@@ -222,7 +222,8 @@ impl Ring {
     /// Tells the kernel about what was queued, and lets it finish what is done.
     pub(crate) fn enter(&mut self) {
         let submission = self.io.submission();
-        let (queued, pending) = (submission.len(), submission.taskrun() || submission.cq_overflow());
+        let (queued, pending) =
+            (submission.len(), submission.taskrun() || submission.cq_overflow());
         drop(submission);
         if queued == 0 && !pending {
             return;

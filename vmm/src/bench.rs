@@ -26,7 +26,8 @@ fn start(runs: u32, as_json: bool) -> Result<(), String> {
     use std::io::Write;
     let machine = "[machine]\nmemory = \"256M\"\ncpus = 1\n[disk.scratch]\nsize = \"8M\"\n";
     file.write_all(machine.as_bytes()).map_err(|error| error.to_string())?;
-    let path = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&file));
+    let path =
+        format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&file));
     let heddle = std::env::current_exe().map_err(|error| error.to_string())?;
     let mut results: Vec<Value> = Vec::new();
     for nth in 0..runs.max(1) {
@@ -51,7 +52,8 @@ fn start(runs: u32, as_json: bool) -> Result<(), String> {
     };
     let (time, memory) = (column("total-ms"), column("private-kib"));
     if as_json {
-        let named = |[min, median, max]: [f64; 3]| json!({ "min": min, "median": median, "max": max });
+        let named =
+            |[min, median, max]: [f64; 3]| json!({ "min": min, "median": median, "max": max });
         let effective = Value::String(machine.to_owned());
         let result = json!({ "runs": runs, "machine": effective,
             "start-ms": named(time), "private-kib": named(memory) });
@@ -59,8 +61,14 @@ fn start(runs: u32, as_json: bool) -> Result<(), String> {
     } else {
         println!("{} starts of a one-vCPU machine, heddle's own part", results.len());
         println!("{:<18} {:>10} {:>10} {:>10}", "", "min", "median", "max");
-        println!("{:<18} {:>7.2} ms {:>7.2} ms {:>7.2} ms", "to the first exit", time[0], time[1], time[2]);
-        println!("{:<18} {:>6} KiB {:>6} KiB {:>6} KiB", "private memory", memory[0], memory[1], memory[2]);
+        println!(
+            "{:<18} {:>7.2} ms {:>7.2} ms {:>7.2} ms",
+            "to the first exit", time[0], time[1], time[2]
+        );
+        println!(
+            "{:<18} {:>6} KiB {:>6} KiB {:>6} KiB",
+            "private memory", memory[0], memory[1], memory[2]
+        );
     }
     Ok(())
 }

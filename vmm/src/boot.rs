@@ -7,12 +7,14 @@ use std::path::Path;
 
 use kvm_bindings::{kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
-use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use linux_loader::loader::KernelLoader;
 use linux_loader::loader::elf::start_info::{
     hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
 };
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, ReadVolatile};
+use linux_loader::loader::elf::{Elf, PvhBootCapability};
+use vm_memory::{
+    ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, ReadVolatile,
+};
 
 use crate::acpi;
 use crate::memory::{BOOT_DATA, ECAM, HIGH_RAM, LOW_RAM_END, ONE_MIB};
@@ -73,7 +75,11 @@ const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
 
 /// Puts kernel, modules, tables and start info into memory.
-pub fn load(memory: &GuestMemoryMmap, boot: Boot<'_>, apic_ids: &[u32]) -> Result<Entry, BootError> {
+pub fn load(
+    memory: &GuestMemoryMmap,
+    boot: Boot<'_>,
+    apic_ids: &[u32],
+) -> Result<Entry, BootError> {
     let rip = match boot.kernel {
         Kernel::File(path) => {
             let what = path.display().to_string();
@@ -94,7 +100,10 @@ pub fn load(memory: &GuestMemoryMmap, boot: Boot<'_>, apic_ids: &[u32]) -> Resul
     let mut cmdline = boot.cmdline.as_bytes().to_vec();
     cmdline.push(0);
     if cmdline.len() > CMDLINE_MAX || boot.cmdline.contains('\0') {
-        return fail("boot.cmdline", format!("longer than {} bytes, or with a NUL", CMDLINE_MAX - 1));
+        return fail(
+            "boot.cmdline",
+            format!("longer than {} bytes, or with a NUL", CMDLINE_MAX - 1),
+        );
     }
     put("boot.cmdline", &cmdline, CMDLINE)?;
     if let Some(module) = &module {
@@ -198,7 +207,10 @@ fn check_elf<F: Read + Seek>(
             return fail(what, format!("segment {nth}: p_offset + p_filesz is beyond the file"));
         }
         if kind == PT_NOTE && filesz > MOST_NOTES {
-            return fail(what, format!("segment {nth}: {filesz} bytes of notes (p_filesz) are absurd"));
+            return fail(
+                what,
+                format!("segment {nth}: {filesz} bytes of notes (p_filesz) are absurd"),
+            );
         }
         if kind == PT_LOAD {
             check_load(memory, paddr, filesz, memsz)
@@ -208,12 +220,7 @@ fn check_elf<F: Read + Seek>(
     Ok(())
 }
 
-fn check_load(
-    memory: &GuestMemoryMmap,
-    paddr: u64,
-    filesz: u64,
-    memsz: u64,
-) -> Result<(), String> {
+fn check_load(memory: &GuestMemoryMmap, paddr: u64, filesz: u64, memsz: u64) -> Result<(), String> {
     if filesz > memsz {
         return Err(format!("p_filesz {filesz:#x} is more than p_memsz {memsz:#x}"));
     }
@@ -238,7 +245,8 @@ fn load_initrd(memory: &GuestMemoryMmap, path: &Path) -> Result<hvm_modlist_entr
     let mut file = open(path).or_else(|why| fail(&what, why))?;
     let size = file.metadata().or_else(|why| fail(&what, why))?.len();
     let low_end = memory.last_addr().0.saturating_add(1).min(LOW_RAM_END);
-    let Some(at) = low_end.checked_sub(size).map(|at| at & !0xfff).filter(|at| *at >= ONE_MIB) else {
+    let Some(at) = low_end.checked_sub(size).map(|at| at & !0xfff).filter(|at| *at >= ONE_MIB)
+    else {
         return fail(what, format!("its {size} bytes do not fit into guest memory"));
     };
     memory
@@ -293,11 +301,6 @@ pub fn enter(vcpu: &VcpuFd, entry: Entry) -> Result<(), kvm_ioctls::Error> {
     sregs.cr4 = 0;
     sregs.efer = 0;
     vcpu.set_sregs(&sregs)?;
-    let regs = kvm_regs {
-        rip: entry.rip,
-        rbx: entry.start_info,
-        rflags: 2,
-        ..kvm_regs::default()
-    };
+    let regs = kvm_regs { rip: entry.rip, rbx: entry.start_info, rflags: 2, ..kvm_regs::default() };
     vcpu.set_regs(&regs)
 }

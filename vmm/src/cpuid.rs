@@ -37,10 +37,7 @@ impl Topology {
         let (thread, rest) = (vcpu % self.threads, vcpu / self.threads);
         let (core, rest) = (rest % self.cores, rest / self.cores);
         let (die, socket) = (rest % self.dies, rest / self.dies);
-        thread
-            | core << self.thread_bits()
-            | die << self.core_bits()
-            | socket << self.socket_bits()
+        thread | core << self.thread_bits() | die << self.core_bits() | socket << self.socket_bits()
     }
 
     fn per_die(self) -> u32 {

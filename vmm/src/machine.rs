@@ -5,9 +5,9 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::*};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::Arc;
 use std::time::Duration;
 
 use config::CpuSet;
@@ -24,7 +24,9 @@ use devices::virtio::pci::{Slots, VirtioPci};
 use devices::virtio::rng::Rng;
 use devices::virtio::seat::Placement;
 use devices::virtio::{Mem, VirtioDevice};
-use iothread::{Blocking, Counters, Granted, LoopHandle, PollPolicy, Ring, Sched, Thread, ThreadSpec};
+use iothread::{
+    Blocking, Counters, Granted, LoopHandle, PollPolicy, Ring, Sched, Thread, ThreadSpec,
+};
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_pit_config};
 use kvm_ioctls::{Kvm, VmFd};
 
@@ -155,8 +157,7 @@ impl Machine {
             ending: parts.ending.clone(),
             stop: AtomicBool::new(false),
         });
-        let (start, vcpus) =
-            parts.spawn_vcpus(plan, &kvm, topology, &apic_ids, entry, &shared)?;
+        let (start, vcpus) = parts.spawn_vcpus(plan, &kvm, topology, &apic_ids, entry, &shared)?;
         timing.lap("vCPUs");
         let Parts { loops, devices, fallbacks, images, ending, .. } = parts;
         let machine = Self {
@@ -262,11 +263,9 @@ fn load(plan: &Plan, memory: &Mem, apic_ids: &[u32]) -> Result<boot::Entry, Host
             initrd: boot.initrd.as_deref(),
             cmdline: &boot.cmdline,
         },
-        None => Boot {
-            kernel: Kernel::Bytes(BUILT_IN_GUEST),
-            initrd: None,
-            cmdline: built_in_cmdline,
-        },
+        None => {
+            Boot { kernel: Kernel::Bytes(BUILT_IN_GUEST), initrd: None, cmdline: built_in_cmdline }
+        }
     };
     Ok(boot::load(memory, boot, apic_ids)?)
 }
@@ -382,7 +381,9 @@ impl Parts {
         self.devices.push(Arc::clone(&device) as _);
         let sink = match &serial.out {
             SerialOut::Null => Sink::Null,
-            SerialOut::Stdio => Sink::Stdio(stdio(to_stderr).map_err(|e| HostError::new(&whose, e))?),
+            SerialOut::Stdio => {
+                Sink::Stdio(stdio(to_stderr).map_err(|e| HostError::new(&whose, e))?)
+            }
             SerialOut::File(path) => {
                 let file = File::options()
                     .write(true)
@@ -417,7 +418,8 @@ impl Parts {
             let handle = image.try_clone_file().map_err(|e| HostError::new(&whose, e))?;
             self.images.push((disk.name.clone(), handle));
             let queues = disk.queues.len() as u16;
-            let blk = Blk::new(Arc::new(image) as Arc<dyn Backend>, &disk.name, queues, disk.queue_size);
+            let blk =
+                Blk::new(Arc::new(image) as Arc<dyn Backend>, &disk.name, queues, disk.queue_size);
             self.plug(&whose, Arc::new(blk), &disk.queues)?;
         }
         Ok(())
@@ -496,9 +498,7 @@ fn stdio(to_stderr: bool) -> io::Result<OwnedFd> {
 fn open_image(disk: &Disk, options: Options) -> Result<RawImage, (String, io::Error)> {
     let at = |path: &Path| path.display().to_string();
     match &disk.source {
-        DiskSource::File(path) => {
-            RawImage::open(path, options).map_err(|error| (at(path), error))
-        }
+        DiskSource::File(path) => RawImage::open(path, options).map_err(|error| (at(path), error)),
         DiskSource::FileOrCreate(path, size) => {
             create_sparse(path, *size).map_err(|error| (at(path), error))?;
             RawImage::open(path, options).map_err(|error| (at(path), error))

@@ -58,7 +58,10 @@ pub fn run(options: &Run) -> u8 {
         Err(error) => {
             eprintln!("heddle: {error}");
             if options.json {
-                println!("{}", json!({ "exit": HOST, "reason": "host", "message": error.to_string() }));
+                println!(
+                    "{}",
+                    json!({ "exit": HOST, "reason": "host", "message": error.to_string() })
+                );
             }
             HOST
         }
@@ -202,8 +205,15 @@ impl Report<'_> {
 /// The counters that tell where work was done, one line per thread.
 fn stats(threads: &[ThreadInfo]) -> String {
     const COLUMNS: [&str; 9] = [
-        "kicks", "requests", "completions", "interrupts", "mmio_exits", "pio_exits", "sleeps",
-        "ring_enters", "left",
+        "kicks",
+        "requests",
+        "completions",
+        "interrupts",
+        "mmio_exits",
+        "pio_exits",
+        "sleeps",
+        "ring_enters",
+        "left",
     ];
     let mut text = format!("{:<16}", "thread");
     COLUMNS.iter().for_each(|column| text += &format!(" {column:>11}"));

@@ -4,8 +4,8 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering::*};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering::*};
 
 /// The settings to go back to, for every way out, panics included.
 static SAVED: OnceLock<libc::termios> = OnceLock::new();

@@ -78,7 +78,9 @@ impl Written {
             let count = CHUNK.min(self.sectors.end - from);
             let mut bytes = vec![0; count as usize * SECTOR];
             let offset = from.saturating_mul(SECTOR as u64);
-            image.read_exact_at(&mut bytes, offset).map_err(|error: io::Error| error.to_string())?;
+            image
+                .read_exact_at(&mut bytes, offset)
+                .map_err(|error: io::Error| error.to_string())?;
             let (sectors, _) = bytes.as_chunks::<SECTOR>();
             for (lba, sector) in (from..).zip(sectors) {
                 let (disk, vcpu, generation) = (self.disk, self.vcpu, self.generation);
@@ -131,7 +133,9 @@ mod tests {
     fn one_wrong_byte_an_old_generation_or_a_missing_sector_is_not() {
         let damaged = image();
         damaged.write_all_at(&[0x55], 4 * 512 + 99).unwrap();
-        assert!(matches!(judged(&report(3, 10), damaged), End::Verdict(why) if why.contains("sector 4, byte 99")));
+        assert!(
+            matches!(judged(&report(3, 10), damaged), End::Verdict(why) if why.contains("sector 4, byte 99"))
+        );
         assert!(matches!(judged(&report(4, 10), image()), End::Verdict(_)));
         assert!(matches!(judged(&report(3, 11), image()), End::Verdict(_)));
     }
@@ -140,6 +144,8 @@ mod tests {
     fn silence_is_failure() {
         assert!(matches!(judge(End::PowerOff, None, &[]), End::Verdict(_)));
         let failed = json!({ "verdict": "failed", "reason": "lost" });
-        assert!(matches!(judge(End::PowerOff, Some(&failed), &[]), End::Verdict(why) if why.contains("lost")));
+        assert!(
+            matches!(judge(End::PowerOff, Some(&failed), &[]), End::Verdict(why) if why.contains("lost"))
+        );
     }
 }

@@ -144,7 +144,7 @@ struct RawIo {
 impl RawIo {
     /// O_DIRECT wants everything aligned; what is not goes through the page cache.
     fn file_for(&self, access: &Access<'_>) -> &File {
-        let aligned = |value: u64| value % self.block_size == 0;
+        let aligned = |value: u64| value.is_multiple_of(self.block_size);
         match &self.files.unaligned {
             Some(cached)
                 if !aligned(access.offset)

@@ -22,7 +22,7 @@ struct Recorder(SegQueue<(u16, u32, u32)>);
 
 impl Function for Recorder {
     fn read_config(&self, register: u16, _: &mut ExitCx<'_>) -> u32 {
-        0x0302_0100 + u32::from(register) * 0x1000_0000
+        0x0302_0100 | u32::from(register) << 28
     }
     fn write_config(&self, register: u16, value: u32, lanes: u32, _: &mut ExitCx<'_>) {
         self.0.push((register, value & lanes, lanes));

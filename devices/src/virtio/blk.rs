@@ -251,12 +251,11 @@ impl BlkQueue {
         let failed = Parsed::Answer { status: S_IOERR, written: 0 };
         self.segments.retain(|segment| segment.writable == writes_memory);
         let bytes: u64 = self.segments.iter().map(|segment| u64::from(segment.len)).sum();
-        let inside = sector
-            .checked_add(bytes / SECTOR)
-            .is_some_and(|end| end <= self.geometry.sectors);
+        let inside =
+            sector.checked_add(bytes / SECTOR).is_some_and(|end| end <= self.geometry.sectors);
         let refused = matches!(op, Op::Write { .. }) && self.geometry.read_only;
         // Chains are limited to 4 GiB by their descriptors' total, results to 31 bits here.
-        if bytes % SECTOR != 0 || bytes > i32::MAX as u64 || !inside || refused {
+        if !bytes.is_multiple_of(SECTOR) || bytes > i32::MAX as u64 || !inside || refused {
             return failed;
         }
         if self.segments.len() > SEG_MAX {
@@ -290,8 +289,7 @@ impl BlkQueue {
     /// Starts the access of a slot, or puts it into the backlog.
     fn submit(&mut self, slot: u16, cx: &mut Cx<'_>) {
         loop {
-            let (Some(request), Some(io)) =
-                (&self.requests[usize::from(slot)], self.io.as_mut())
+            let (Some(request), Some(io)) = (&self.requests[usize::from(slot)], self.io.as_mut())
             else {
                 return;
             };

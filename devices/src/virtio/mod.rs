@@ -14,7 +14,6 @@ pub mod seat;
 pub mod testing;
 pub mod transport;
 
-
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -57,7 +56,12 @@ pub trait VirtioDevice: Send + Sync + 'static {
 
     /// Makes the handler of a group, with the features the driver took. Called on the group's
     /// home loop when the driver is ready; `None` entries are queues the driver left disabled.
-    fn start(&self, queues: Vec<Option<VirtQueue>>, features: u64, port: Arc<Port>) -> Box<dyn QueueHandler>;
+    fn start(
+        &self,
+        queues: Vec<Option<VirtQueue>>,
+        features: u64,
+        port: Arc<Port>,
+    ) -> Box<dyn QueueHandler>;
 }
 
 /// The exclusive half of a virtio device: the rings of one group and the requests in flight.

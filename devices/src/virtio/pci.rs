@@ -133,7 +133,6 @@ struct Registers {
 }
 
 impl Registers {
-    #[expect(clippy::disallowed_types, reason = "see the field")]
     fn selected(&self) -> std::sync::MutexGuard<'_, Selected> {
         self.selected.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
@@ -202,7 +201,7 @@ impl Registers {
                 }
             }
             (28, 2) if half == 1 => transport.enable_queue(selected.queue),
-            (32..56, 4 | 8) if offset % 4 == 0 => {
+            (32..56, 4 | 8) if offset.is_multiple_of(4) => {
                 transport.set_rings(selected.queue, |rings| {
                     let field = match offset {
                         32..40 => &mut rings.descriptors,
@@ -347,7 +346,8 @@ impl VirtioPci {
                 placed: None,
             },
         ];
-        let endpoint = Endpoint::new(&ids, bars, capabilities(queues, msix), Arc::clone(&slots.bus));
+        let endpoint =
+            Endpoint::new(&ids, bars, capabilities(queues, msix), Arc::clone(&slots.bus));
         Ok(Self { transport, registers, endpoint })
     }
 
@@ -464,8 +464,7 @@ impl Lifecycle for VirtioPci {
             let State { kind, version, .. } = state;
             return Err(self.refuse(format!("{kind} version {version}, not {KIND} {VERSION}")));
         }
-        let saved: Saved =
-            Saved::deserialize(&state.body).map_err(|error| self.refuse(error))?;
+        let saved: Saved = Saved::deserialize(&state.body).map_err(|error| self.refuse(error))?;
         self.endpoint.accepts(&saved.endpoint).map_err(|why| self.refuse(why))?;
         let vectors = &self.registers.vectors;
         if saved.queue_vectors.len() != vectors.queues.len() {

@@ -222,7 +222,8 @@ impl VirtQueue {
             self.ring.needs_notification(&*self.mem).unwrap_or(true)
         } else {
             std::sync::atomic::fence(Ordering::SeqCst);
-            let flags = self.mem.load::<u16>(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed);
+            let flags =
+                self.mem.load::<u16>(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed);
             u16::from_le(flags.unwrap_or(0)) & NO_INTERRUPT == 0
         };
         if wanted {

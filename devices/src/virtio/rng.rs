@@ -37,12 +37,7 @@ impl VirtioDevice for Rng {
         data.fill(0);
     }
 
-    fn start(
-        &self,
-        queues: Vec<Option<VirtQueue>>,
-        _: u64,
-        _: Arc<Port>,
-    ) -> Box<dyn QueueHandler> {
+    fn start(&self, queues: Vec<Option<VirtQueue>>, _: u64, _: Arc<Port>) -> Box<dyn QueueHandler> {
         let queues = queues.into_iter().flatten().collect();
         let segments = Vec::with_capacity(usize::from(QUEUE_SIZE));
         Box::new(RngQueue { queues, segments })

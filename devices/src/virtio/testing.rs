@@ -98,8 +98,7 @@ impl Rig {
     /// A device at rest with all its queues served by `placement`.
     pub fn new(device: impl VirtioDevice, placement: Placement<LoopHandle>, mem: Mem) -> Self {
         let (sender, events) = channel();
-        let interrupts =
-            Arc::new(Interrupts { events: sender, queue: 0.into(), config: 0.into() });
+        let interrupts = Arc::new(Interrupts { events: sender, queue: 0.into(), config: 0.into() });
         let placements = vec![placement; device.groups().len()];
         let sink = Arc::clone(&interrupts) as Arc<dyn InterruptSink>;
         let transport =
@@ -249,9 +248,8 @@ impl Ring {
     /// Writes one descriptor, right or wrong.
     pub fn descriptor(&self, table: u64, at: u16, buffer: Buffer, next: Option<u16>, flags: u16) {
         let (address, len, writable) = buffer;
-        let flags = flags
-            | if next.is_some() { NEXT } else { 0 }
-            | if writable { WRITE } else { 0 };
+        let flags =
+            flags | if next.is_some() { NEXT } else { 0 } | if writable { WRITE } else { 0 };
         let mut raw = [0; 16];
         raw[..8].copy_from_slice(&address.to_le_bytes());
         raw[8..12].copy_from_slice(&len.to_le_bytes());

@@ -57,7 +57,10 @@ impl QueueEvents for Events {
 
     fn broken(&self, queue: u16, why: &str) {
         // Once per queue and reset, so a hostile guest cannot flood the log faster than it resets.
-        eprintln!("heddle: {}:q{queue} is retired until the guest resets the device: {why}", self.name);
+        eprintln!(
+            "heddle: {}:q{queue} is retired until the guest resets the device: {why}",
+            self.name
+        );
         self.needs_reset.store(true, Release);
         self.sink.config();
     }
@@ -249,7 +252,9 @@ impl Transport {
     /// Takes no new work; each reply names a part and answers when nothing of it is in flight.
     pub fn pause(&self) -> Vec<(String, Reply<()>)> {
         let parts = self.device.groups().into_iter().zip(&self.seats);
-        parts.map(|(group, seat)| (format!("{}:q{}", self.name, group.start), seat.pause())).collect()
+        parts
+            .map(|(group, seat)| (format!("{}:q{}", self.name, group.start), seat.pause()))
+            .collect()
     }
 
     /// Takes work again.
@@ -276,9 +281,8 @@ impl Transport {
     /// started yet; the handlers take their seats at rest and run at the next
     /// [`resume`](Self::resume).
     pub fn restore(&self, _: &Paused<'_>, saved: &Saved) -> Result<(), RestoreError> {
-        let refuse = |why: &str| {
-            Err(RestoreError { device: self.name.clone(), why: why.to_owned() })
-        };
+        let refuse =
+            |why: &str| Err(RestoreError { device: self.name.clone(), why: why.to_owned() });
         let mut registers = self.registers();
         if registers.status & status::DRIVER_OK != 0 || !registers.stopping.is_empty() {
             return refuse("it is running");
@@ -286,7 +290,8 @@ impl Transport {
         if saved.queues.len() != registers.queues.len() {
             return refuse("the number of queues differs");
         }
-        let too_big = |(saved, own): (&(QueueRegisters, RingIndices), &u16)| saved.0.rings.size > *own;
+        let too_big =
+            |(saved, own): (&(QueueRegisters, RingIndices), &u16)| saved.0.rings.size > *own;
         if saved.queues.iter().zip(self.device.queue_sizes()).any(too_big) {
             return refuse("a queue is larger than it can be here");
         }
@@ -302,7 +307,6 @@ impl Transport {
         Ok(())
     }
 
-    #[expect(clippy::disallowed_types, reason = "see the field")]
     fn registers(&self) -> std::sync::MutexGuard<'_, Registers> {
         self.registers.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
@@ -331,9 +335,16 @@ impl Transport {
                 queue.enabled.then(|| {
                     let events = Arc::clone(&self.events) as Arc<dyn QueueEvents>;
                     let indices = indices(usize::from(index));
-                    VirtQueue::new(index, queue.rings, indices, features, Arc::clone(&self.mem), events)
-                        .map_err(|why| self.events.broken(index, &why))
-                        .ok()
+                    VirtQueue::new(
+                        index,
+                        queue.rings,
+                        indices,
+                        features,
+                        Arc::clone(&self.mem),
+                        events,
+                    )
+                    .map_err(|why| self.events.broken(index, &why))
+                    .ok()
                 })
             });
             let queues: Vec<_> = queues.map(Option::flatten).collect();
@@ -355,8 +366,7 @@ impl Transport {
     }
 
     fn clear(&self, registers: &mut Registers) {
-        *registers =
-            Registers { queues: initial_queues(&*self.device), ..Registers::default() };
+        *registers = Registers { queues: initial_queues(&*self.device), ..Registers::default() };
         self.events.needs_reset.store(false, Release);
         self.events.sink.reset();
     }

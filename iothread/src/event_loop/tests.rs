@@ -18,8 +18,7 @@ fn log_event(strand: &Strand<Vec<u32>>, n: u32) -> Event<Vec<u32>> {
 
 /// Runs `f` with a loop on a thread of its own, which ends with it.
 fn with_loop<R>(poll: PollPolicy, f: impl FnOnce(&LoopHandle, &Blocking) -> R) -> R {
-    let spec =
-        crate::ThreadSpec { name: "loop".into(), cpus: None, sched: crate::Sched::Other(0) };
+    let spec = crate::ThreadSpec { name: "loop".into(), cpus: None, sched: crate::Sched::Other(0) };
     let (handle, thread) = crate::spawn_loop(spec, poll).unwrap();
     let result = f(&handle, &Blocking::on_this_thread().unwrap());
     handle.stop();
@@ -138,7 +137,7 @@ fn what_a_vcpu_finds_held_is_run_by_the_holder() {
     let strand = Strand::new(&event_loop.handle(), Vec::new());
     let (inside, entered) = channel();
     let (release, released) = channel::<()>();
-    let released = std::sync::Arc::new(crossbeam_free_receiver(released));
+    let released = Arc::new(shared(released));
     let slow = strand.event(move |log: &mut Vec<u32>, _| {
         inside.send(()).unwrap();
         released.recv();
@@ -164,7 +163,7 @@ fn what_a_vcpu_finds_held_is_run_by_the_holder() {
 /// A receiver that several threads may name, though one uses it.
 struct SharedReceiver(crate::strand::Once<std::sync::mpsc::Receiver<()>>);
 
-fn crossbeam_free_receiver(receiver: std::sync::mpsc::Receiver<()>) -> SharedReceiver {
+fn shared(receiver: std::sync::mpsc::Receiver<()>) -> SharedReceiver {
     SharedReceiver(crate::strand::Once::new(receiver))
 }
 
@@ -302,8 +301,7 @@ fn an_operation_completes_on_the_loop_that_submitted() {
         unsafe impl Send for Reader {}
         let (done, result) = channel();
         let mut bytes = Box::new([0u8; 6]);
-        let iovec =
-            Box::new([libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: 6 }]);
+        let iovec = Box::new([libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: 6 }]);
         let strand = Strand::new(handle, Reader { bytes, iovec, port: None, done });
         let completed = strand.event(|reader: &mut Reader, _| {
             let port = reader.port.clone().unwrap();
