@@ -173,10 +173,7 @@ fn the_table_is_tidy() {
         table.lines().all(|line| line.chars().count() <= 80 && line.trim_end() == line),
         "{table}"
     );
-    assert!(
-        table.contains("vm: 67 threads (the process's own, main, 1 iothread, 64 vCPUs)"),
-        "{table}"
-    );
+    assert!(table.contains("vm: 67 threads (heddle, main, 1 iothread, 64 vCPUs)"), "{table}");
     assert!(table.contains("2 such machines: 134 threads"), "{table}");
     let small = explain(&plan("[machine]\ncpus = 2\n[disk.d]\nsize = \"1M\""), &synthetic(1, 2, 1));
     let expected = "\
@@ -192,7 +189,7 @@ vcpu 0-1  any   0      other   -
     runs a CPU of the guest
     costs 1 fd each
 
-vm: 4 threads (the process's own, main, 0 iothreads, 2 vCPUs), 27 fds, 256M of memory, on 2 host CPUs
+vm: 4 threads (heddle, main, 0 iothreads, 2 vCPUs), 27 fds, 256M of memory, on 2 host CPUs
 ";
     assert_eq!(small.render(100), expected);
 }

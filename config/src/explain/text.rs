@@ -103,7 +103,7 @@ fn totals(text: &mut String, explanation: &Explanation, width: usize) {
     let cpus = explanation.host_cpus;
     text.push('\n');
     let one = format!(
-        "{}: {threads} threads (the process's own, main, {}, {}), {fds} fds, {memory} of memory, on {cpus} host CPUs",
+        "{}: {threads} threads (heddle, main, {}, {}), {fds} fds, {memory} of memory, on {cpus} host CPUs",
         explanation.name,
         plural(iothreads as u64, "iothread"),
         plural(vcpus as u64, "vCPU"),

@@ -262,7 +262,7 @@ impl StartLine {
 /// In each round one trigger meets one `release` of a vector that was held back. Exactly one
 /// message must have come of it.
 fn duel(hold: impl Fn(&Msix, &mut VcpuLoop), release: impl Fn(&Msix, &mut VcpuLoop)) {
-    const ROUNDS: u64 = 20_000;
+    const ROUNDS: u64 = 10_000;
     let observer = Arc::new(Observer::default());
     let msix = Msix::new(1, Arc::clone(&observer) as Arc<dyn MsiSender>);
     msix.write_control(ENABLE, u16::MAX);

@@ -3,14 +3,14 @@
 use alloc::vec::Vec;
 
 use crate::mem;
+use crate::pci::Ecam;
 
 /// What the tables say.
 #[derive(Default)]
 pub struct Acpi {
     /// APIC ids of the usable CPUs, in the order of the MADT.
     pub apic_ids: Vec<u32>,
-    /// Configuration space in memory: address, first and last bus.
-    pub ecam: Option<(u64, u8, u8)>,
+    pub ecam: Option<Ecam>,
     pub power_off: PowerOff,
 }
 
@@ -39,7 +39,7 @@ impl Table {
         }
         // SAFETY: mapped; every table starts with a header of 36 bytes.
         let bytes = u64::from(unsafe { mem::read::<u32>(address + 4) });
-        (bytes >= 36 && bytes < 1 << 24 && mem::map(address, bytes))
+        ((36..1 << 24).contains(&bytes) && mem::map(address, bytes))
             .then_some(Table { address, bytes })
     }
 
@@ -72,11 +72,7 @@ impl Acpi {
         let Some(rsdp) = rsdp else { return acpi };
         // SAFETY: the root pointer was recognised; it is mapped.
         let (revision, rsdt, xsdt) = unsafe {
-            (
-                mem::read::<u8>(rsdp + 15),
-                mem::read::<u32>(rsdp + 16),
-                mem::read::<u64>(rsdp + 24),
-            )
+            (mem::read::<u8>(rsdp + 15), mem::read::<u32>(rsdp + 16), mem::read::<u64>(rsdp + 24))
         };
         let wide = revision >= 2 && xsdt != 0;
         let (root, step) = if wide { (xsdt, 8) } else { (rsdt.into(), 4) };
@@ -88,8 +84,8 @@ impl Acpi {
                 b"APIC" => acpi.read_madt(table),
                 b"FACP" => acpi.read_fadt(table),
                 b"MCFG" => {
-                    let buses = table.get::<[u8; 2]>(54);
-                    acpi.ecam = Some((table.get(44), buses[0], buses[1]));
+                    let [first_bus, last_bus] = table.get(54);
+                    acpi.ecam = Some(Ecam { base: table.get(44), first_bus, last_bus });
                 }
                 _ => {}
             }
@@ -123,8 +119,8 @@ impl Acpi {
         if table.get::<u32>(112) & 1 << 20 != 0 {
             self.power_off.sleep_control = io_port(244);
         }
-        let dsdt = Table::open(table.get::<u64>(140))
-            .or_else(|| Table::open(table.get::<u32>(40).into()));
+        let dsdt =
+            Table::open(table.get::<u64>(140)).or_else(|| Table::open(table.get::<u32>(40).into()));
         self.power_off.s5 = dsdt.and_then(find_s5);
     }
 }
@@ -132,8 +128,9 @@ impl Acpi {
 /// Looks for `Name (_S5_, Package { type, ...})` in the bytes of a DSDT.
 fn find_s5(dsdt: Table) -> Option<u8> {
     let byte = |at: u64| dsdt.get::<u8>(at);
-    let name = (36..dsdt.bytes.saturating_sub(8))
-        .find(|&at| byte(at) == b'_' && dsdt.get::<[u8; 4]>(at) == *b"_S5_" && byte(at + 4) == 0x12)?;
+    let name = (36..dsdt.bytes.saturating_sub(8)).find(|&at| {
+        byte(at) == b'_' && dsdt.get::<[u8; 4]>(at) == *b"_S5_" && byte(at + 4) == 0x12
+    })?;
     // The top bits of the first length byte say how many follow; then comes the element count.
     let first = name + 5 + u64::from(byte(name + 5) >> 6) + 2;
     match byte(first) {

@@ -409,7 +409,8 @@ impl Run<'_, '_> {
         // still fit as one descriptor.
         let can_indirect = self.driver.disk.has(virtio::F_INDIRECT);
         let chain = !(can_indirect && self.turn % 2 == 1) && self.lane.ring.fits(count);
-        if !chain && !(can_indirect && self.lane.ring.fits(1)) {
+        let indirect = !chain && can_indirect && self.lane.ring.fits(1);
+        if !chain && !indirect {
             return false;
         }
         self.free.pop();
@@ -432,8 +433,8 @@ impl Run<'_, '_> {
     /// Header, one to three pieces of data, status.
     fn segments(&self, slot: u16, request: &Request) -> ([Segment; 5], usize) {
         let memory = self.driver.buffers.slot(slot);
-        let data = self.driver.buffers.data as u64
-            + u64::from(slot) * self.driver.buffers.bytes as u64;
+        let data =
+            self.driver.buffers.data as u64 + u64::from(slot) * self.driver.buffers.bytes as u64;
         let device_writes = request.kind != T_OUT;
         let header = Segment { address: memory as u64, bytes: 16, device_writes: false };
         let mut segments = [header; 5];
@@ -451,8 +452,8 @@ impl Run<'_, '_> {
             _ if plain => piece(0, n),
             // Pieces that end in the middle of a sector are unusual and allowed.
             13 => {
-                piece(0, n / 3 & !3);
-                piece(n / 3 & !3, n);
+                piece(0, (n / 3) & !3);
+                piece((n / 3) & !3, n);
             }
             turn if turn % 3 == 1 && n >= 2 * SECTOR => {
                 piece(0, SECTOR);
@@ -519,7 +520,8 @@ impl Run<'_, '_> {
         };
         let lba = request.stamp.lba;
         // SAFETY: the request is complete, the device is done with the slot.
-        let status = unsafe { (&raw const (*self.driver.buffers.slot(slot)).status).read_volatile() };
+        let status =
+            unsafe { (&raw const (*self.driver.buffers.slot(slot)).status).read_volatile() };
         match status {
             0 => {}
             1 => return Err(format!("{what} at sector {lba}: I/O error")),
@@ -537,12 +539,10 @@ impl Run<'_, '_> {
         let read_only = self.driver.disk.read_only();
         let data = self.driver.buffers.data(slot, request.bytes);
         match request.kind {
-            T_IN if read_only => {
-                if data.iter().all(|&b| b == POISON) {
-                    return Err(format!("read at sector {lba}: the buffer was left as it was"));
-                }
+            T_IN if !read_only => verify(request.stamp, data)?,
+            T_IN if data.iter().all(|&b| b == POISON) => {
+                return Err(format!("read at sector {lba}: the buffer was left as it was"));
             }
-            T_IN => verify(request.stamp, data)?,
             T_GET_ID => {
                 let end = data.iter().position(|&b| b == 0).unwrap_or(data.len());
                 self.lane.id = String::from_utf8_lossy(&data[..end]).trim().into();

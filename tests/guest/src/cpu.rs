@@ -104,7 +104,8 @@ impl Cpu {
         self.stack_top.store((stack.as_ptr() as u64) + STACK as u64 - 8, Ordering::Relaxed);
         let me = core::ptr::from_ref(self) as u64;
         let tss = self.tss.get().cast::<u32>();
-        for (ist, stack) in [&self.gate_stack, &self.irq_stack, &self.fault_stack].iter().enumerate()
+        for (ist, stack) in
+            [&self.gate_stack, &self.irq_stack, &self.fault_stack].iter().enumerate()
         {
             let top = stack.0.get() as u64 + SLOT as u64;
             // SAFETY: the CPU has not started, so nothing else looks at its stacks and its TSS;
@@ -133,11 +134,7 @@ fn interrupt_gate(entry: u64, ist: u64) -> [u64; 2] {
 fn interrupt_table() -> Vec<u64> {
     // SAFETY: only the addresses of these symbols are taken.
     let (faults, irqs, gate) = unsafe {
-        (
-            address(&boot::fault_stubs),
-            address(&boot::irq_stubs),
-            address(&boot::gate_entry),
-        )
+        (address(&boot::fault_stubs), address(&boot::irq_stubs), address(&boot::gate_entry))
     };
     (0..256)
         .flat_map(|v: u64| match v {
@@ -207,11 +204,7 @@ pub fn install_trampoline(page: u64) {
         unsafe { (address(&boot::trampoline_start), address(&boot::trampoline_end)) };
     // SAFETY: `page` is a page of RAM nobody else uses, and the code is shorter than a page.
     unsafe {
-        core::ptr::copy_nonoverlapping(
-            start as *const u8,
-            page as *mut u8,
-            (end - start) as usize,
-        );
+        core::ptr::copy_nonoverlapping(start as *const u8, page as *mut u8, (end - start) as usize);
     }
 }
 

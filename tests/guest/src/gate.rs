@@ -111,12 +111,7 @@ pub fn emit(text: &[u8]) {
 ///
 /// # Safety
 /// `counter` must be readable; a device may write to it meanwhile.
-pub unsafe fn halt_unless_changed(
-    counter: *const u16,
-    seen: u16,
-    timer: u32,
-    ticks: u64,
-) -> bool {
+pub unsafe fn halt_unless_changed(counter: *const u16, seen: u16, timer: u32, ticks: u64) -> bool {
     // SAFETY: ring 0 only reads `counter`, the caller says it may.
     unsafe { call(Op::Halt, counter as u64, seen.into(), timer.into(), ticks) != 0 }
 }

@@ -125,13 +125,22 @@ fn run(console: &mut Console, loader: &Loader) -> ! {
     let clock = Clock::find(&apic);
     let functions = pci::scan();
     if !options.quiet {
-        let machine =
-            report::Machine { loader, cpus: cpus.len(), apic: &apic, clock, functions: &functions };
+        let machine = report::Machine {
+            loader,
+            cpus: cpus.len(),
+            apic: &apic,
+            clock,
+            ecam: acpi.ecam,
+            functions: &functions,
+        };
         report::machine(console, &machine, &options);
     }
 
     fit_memory(&mut options, cpus.len());
     let mut failures = Vec::new();
+    if let Some(Err(error)) = acpi.ecam.map(|ecam| pci::check_ecam(ecam, &functions)) {
+        failures.push(format!("MCFG: {error}"));
+    }
     let mut devices = Devices::default();
     for function in functions.iter().filter(|f| f.vendor == virtio::VENDOR) {
         if let Err(error) = devices.start(function, cpus, clock, &options) {
@@ -178,6 +187,7 @@ fn run(console: &mut Console, loader: &Loader) -> ! {
     let outcome = report::Outcome {
         cpus,
         x2apic: shared.apic.x2apic(),
+        ecam: acpi.ecam,
         clock,
         options: &shared.options,
         cmdline: &loader.cmdline,
@@ -342,8 +352,7 @@ fn wait_for_all(shared: &Shared, page: Option<u64>, failures: &mut Vec<String>) 
 
 /// What is wrong with a CPU that should be done.
 fn state_failure(shared: &Shared, cpu: &Cpu) -> Option<String> {
-    let (index, id) =
-        (cpu.index.load(Ordering::Relaxed), cpu.apic_id.load(Ordering::Relaxed));
+    let (index, id) = (cpu.index.load(Ordering::Relaxed), cpu.apic_id.load(Ordering::Relaxed));
     match cpu.state.load(Ordering::Acquire) {
         cpu::DONE => None,
         cpu::ABSENT => Some(format!("vCPU {index} (APIC id {id}) did not start")),
@@ -354,7 +363,8 @@ fn state_failure(shared: &Shared, cpu: &Cpu) -> Option<String> {
             let Some(disk) = disk else {
                 return Some(format!("vCPU {index} started and did nothing"));
             };
-            let phase = plan::PHASES.get(at as usize & 0xffff).map_or("get-id or flush", |p| p.name);
+            let phase =
+                plan::PHASES.get(at as usize & 0xffff).map_or("get-id or flush", |p| p.name);
             Some(format!("vCPU {index} is stuck, disk {} queue {index}: {phase}", disk.address))
         }
     }

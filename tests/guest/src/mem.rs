@@ -123,12 +123,12 @@ pub fn map(start: u64, bytes: u64) -> bool {
             continue;
         }
         if HUGE_PAGES.load(Ordering::Relaxed) {
-            middle.store(slot * HUGE | OPEN | LEAF, Ordering::Relaxed);
+            middle.store((slot * HUGE) | OPEN | LEAF, Ordering::Relaxed);
             continue;
         }
         let table = pages(PAGE as usize).as_ptr() as u64;
         for i in 0..TABLE {
-            entry(table, i).store(slot * HUGE + i * LARGE | OPEN | LEAF, Ordering::Relaxed);
+            entry(table, i).store((slot * HUGE + i * LARGE) | OPEN | LEAF, Ordering::Relaxed);
         }
         middle.store(table | OPEN, Ordering::Relaxed);
     }

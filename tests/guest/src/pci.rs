@@ -5,8 +5,8 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt;
 
-use crate::{apic, gate};
 use crate::mem::{self, Mmio};
+use crate::{apic, gate};
 
 const COMMAND: u8 = 0x04;
 const MEMORY_AND_MASTER: u32 = 0x6;
@@ -71,6 +71,14 @@ pub struct Function {
     pub capabilities: Vec<Capability>,
 }
 
+/// Configuration space in memory.
+#[derive(Clone, Copy)]
+pub struct Ecam {
+    pub base: u64,
+    pub first_bus: u8,
+    pub last_bus: u8,
+}
+
 /// Lists the functions on bus 0 and behind its bridges.
 pub fn scan() -> Vec<Function> {
     let mut found = Vec::new();
@@ -83,6 +91,29 @@ pub fn scan() -> Vec<Function> {
         }
     }
     found
+}
+
+/// Reads the ids of all functions again through configuration space in memory, which must say the
+/// same as the ports.
+pub fn check_ecam(ecam: Ecam, functions: &[Function]) -> Result<(), String> {
+    for function in functions {
+        let Address { bus, device, function: number } = function.address;
+        if !(ecam.first_bus..=ecam.last_bus).contains(&bus) {
+            continue;
+        }
+        // The base is that of bus 0 even where the first bus is another.
+        let [bus, device, number] = [bus, device, number].map(u64::from);
+        let start = ecam.base + (bus << 20 | device << 15 | number << 12);
+        if !mem::map(start, 4096) {
+            return Err(format!("configuration space is out of reach at {start:#x}"));
+        }
+        // SAFETY: just mapped, and the firmware says it is configuration space.
+        let id = unsafe { Mmio::new(start, 4096) }.read32(0);
+        if id != u32::from(function.vendor) | u32::from(function.device) << 16 {
+            return Err(format!("{} has id {id:#x} at {start:#x}", function.address));
+        }
+    }
+    Ok(())
 }
 
 fn scan_device(bus: u8, device: u8, found: &mut Vec<Function>, buses: &mut Vec<u8>) {

@@ -14,7 +14,7 @@ use crate::cpu::{Cpu, VECTOR_CONFIG};
 use crate::json::Json;
 use crate::loader::Loader;
 use crate::options::Options;
-use crate::pci::Function;
+use crate::pci::{Ecam, Function};
 use crate::plan::PHASES;
 use crate::rng::{self, Rng};
 use crate::virtio;
@@ -36,7 +36,7 @@ impl fmt::Display for Size {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let units = ["bytes", "KiB", "MiB", "GiB", "TiB"];
         let unit = (self.0.max(1).ilog2() / 10).min(4) as usize;
-        let tenths = (u128::from(self.0) * 10 >> (10 * unit)) as u64;
+        let tenths = ((u128::from(self.0) * 10) >> (10 * unit)) as u64;
         match tenths % 10 {
             0 => write!(f, "{} {}", tenths / 10, units[unit]),
             rest => write!(f, "{}.{rest} {}", tenths / 10, units[unit]),
@@ -50,6 +50,7 @@ pub struct Machine<'a> {
     pub cpus: usize,
     pub apic: &'a Apic,
     pub clock: Clock,
+    pub ecam: Option<Ecam>,
     pub functions: &'a [Function],
 }
 
@@ -65,6 +66,9 @@ pub fn machine(console: &mut Console, machine: &Machine, options: &Options) {
     }
     for word in &options.unknown {
         say!(console, "           '{word}' means nothing here");
+    }
+    if let Some(e) = machine.ecam {
+        say!(console, "  ecam     {:#x}, buses {} to {}", e.base, e.first_bus, e.last_bus);
     }
     for f in machine.functions {
         let name = match (f.vendor, f.device) {
@@ -103,6 +107,7 @@ fn class_name(class: u32) -> &'static str {
 pub struct Outcome<'a> {
     pub cpus: &'a [Cpu],
     pub x2apic: bool,
+    pub ecam: Option<Ecam>,
     pub clock: Clock,
     pub options: &'a Options,
     pub cmdline: &'a str,
@@ -166,7 +171,7 @@ fn row(lane: &Lane, clock: Clock) -> [u64; 8] {
         let p = &lane.phases[phase];
         clock.micros(p.ticks * 10) / p.requests.max(1)
     };
-    let mib = lane.bytes * 10 >> 20;
+    let mib = (lane.bytes * 10) >> 20;
     let counts = [lane.requests, lane.kicks(), lane.interrupts, mib];
     let times = [tenths(0), tenths(1), tenths(2), tenths(3)];
     core::array::from_fn(|i| if i < 4 { counts[i] } else { times[i - 4] })
@@ -228,6 +233,10 @@ fn json(console: &mut Console, outcome: &Outcome, reason: Option<&str>) {
         opening(json, reason);
         json.key("vcpus").number(outcome.cpus.len() as u64);
         json.key("x2apic").bool(outcome.x2apic);
+        match outcome.ecam {
+            Some(ecam) => json.key("ecam").number(ecam.base),
+            None => json.key("ecam").null(),
+        }
         json.key("memory").number(outcome.memory);
         json.key("cmdline").string(outcome.cmdline);
         json.key("tsc_hz").number(clock.tsc_hz);

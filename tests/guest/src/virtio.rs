@@ -175,8 +175,7 @@ impl Transport {
     }
 
     pub fn driver_ok(&self) {
-        self.common
-            .write8(common::STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+        self.common.write8(common::STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
     }
 
     /// Whether the device still works.

@@ -84,12 +84,7 @@ impl<'a> Waiter<'a> {
         Ok(())
     }
 
-    fn sleep(
-        &mut self,
-        ring: &mut Ring,
-        transport: &Transport,
-        vector: u8,
-    ) -> Result<(), String> {
+    fn sleep(&mut self, ring: &mut Ring, transport: &Transport, vector: u8) -> Result<(), String> {
         let begin = now();
         let mut checked = begin;
         while !ring.has_used() {
