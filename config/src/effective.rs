@@ -42,13 +42,14 @@ fn write(out: &mut String, plan: &Plan) -> std::fmt::Result {
     )?;
     writeln!(out, "debug-exit = {}", machine.debug_exit)?;
 
-    if let Some(boot) = &plan.boot {
-        writeln!(out, "\n[boot]\nkernel = {}", quote_path(&boot.kernel))?;
-        if let Some(initrd) = &boot.initrd {
-            writeln!(out, "initrd = {}", quote_path(initrd))?;
-        }
-        writeln!(out, "cmdline = {}", quote(&boot.cmdline))?;
+    writeln!(out, "\n[boot]")?;
+    if let Some(kernel) = &plan.boot.kernel {
+        writeln!(out, "kernel = {}", quote_path(kernel))?;
     }
+    if let Some(initrd) = &plan.boot.initrd {
+        writeln!(out, "initrd = {}", quote_path(initrd))?;
+    }
+    writeln!(out, "cmdline = {}", quote(&plan.boot.cmdline))?;
 
     write_vcpus(out, &plan.vcpus)?;
     for thread in &plan.threads {

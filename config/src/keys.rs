@@ -101,7 +101,7 @@ pub(crate) static ROOT: Table = table(&[
         "Files to start from, merged key by key; later ones win, and this file wins over all.",
     ),
     key("machine", Shape::Table(&MACHINE), Inside, "Memory and CPUs."),
-    key("boot", Shape::Table(&BOOT), Absent, "What to start; without it, the built-in guest."),
+    key("boot", Shape::Table(&BOOT), Inside, "What to start."),
     key("vcpu", Shape::Table(&VCPU), Inside, "The threads that run the guest's CPUs."),
     key(
         "thread",
@@ -149,7 +149,7 @@ static TOPOLOGY: Table = table(&[
 ]);
 
 static BOOT: Table = table(&[
-    key("kernel", Path, Required, "An ELF file with a PVH entry."),
+    key("kernel", Path, Says("the built-in guest"), "An ELF file with a PVH entry."),
     key("initrd", Path, Absent, "Handed to the kernel as its first module."),
     key("cmdline", Text("text"), Value("\"\""), "The kernel's command line."),
 ]);

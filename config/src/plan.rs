@@ -18,8 +18,8 @@ pub struct Plan {
     pub name: String,
     /// `[machine]`.
     pub machine: Machine,
-    /// `[boot]`; `None` starts the built-in guest.
-    pub boot: Option<Boot>,
+    /// `[boot]`.
+    pub boot: Boot,
     /// One entry per vCPU, index = vCPU number.
     pub vcpus: Vec<Vcpu>,
     /// Event loops; index 0 is always `main`.
@@ -63,11 +63,11 @@ pub struct Topology {
 }
 
 /// `[boot]`.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Boot {
-    /// An ELF with a PVH note.
-    pub kernel: PathBuf,
+    /// An ELF with a PVH note; `None`: the built-in guest.
+    pub kernel: Option<PathBuf>,
     /// First PVH module.
     pub initrd: Option<PathBuf>,
     /// The kernel's command line.

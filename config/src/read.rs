@@ -24,15 +24,13 @@ pub(crate) fn plan(report: &Report, tree: &Table, default_name: &str) -> Plan {
     // Files had theirs worked in; `--set` may not have any.
     root.value("include");
     let (machine, count) = machine::machine(&root.table("machine"));
-    let boot = root.optional_table("boot").and_then(|boot| machine::boot(&boot));
+    let boot = machine::boot(&root.table("boot"));
     let vcpus = threads::vcpus(&root.table("vcpu"), count);
     let threads = threads::threads(&root);
     let mut files = Files::default();
-    if let Some(boot) = &boot {
-        let at = root.loc_of("boot");
-        files.add(report, &boot.kernel, "boot.kernel", false, at);
-        if let Some(initrd) = &boot.initrd {
-            files.add(report, initrd, "boot.initrd", false, at);
+    for (file, what) in [(&boot.kernel, "boot.kernel"), (&boot.initrd, "boot.initrd")] {
+        if let Some(file) = file {
+            files.add(report, file, what, false, root.loc_of("boot"));
         }
     }
     let disks = devices::disks(&root, &threads, count, &mut files);

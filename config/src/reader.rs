@@ -106,14 +106,6 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// The table under `name`; `None` if it is absent or no table.
-    pub(crate) fn optional_table(&self, name: &str) -> Option<Reader<'a>> {
-        let Shape::Table(shape) = self.ask(name).shape else {
-            panic!("`{}` is not described as a table", self.name_of(name));
-        };
-        self.open(shape, self.entry(name)?, self.name_of(name))
-    }
-
     /// The tables `[name.NAME]` in the order of the file, those with a bad name left out.
     pub(crate) fn named(&self, name: &str) -> Vec<(String, Reader<'a>)> {
         let Shape::Named(shape, names) = &self.ask(name).shape else {

@@ -100,7 +100,7 @@ fn topologies_that_do_not_add_up() {
 
 #[test]
 fn boot() {
-    expect("[boot]\ncmdline = \"x\"", &[(1, 2, "`boot.kernel` is missing", "add `kernel = ...`")]);
+    expect("[boot]\ninitrd = \"x\"", &[(2, 10, "takes no initrd", "add `kernel = ...`")]);
     expect("[boot]\nkernel = \"\"", &[(2, 10, "is not a path", "")]);
     expect("[boot]\nkernel = \"a\\u0000b\"", &[(2, 10, "is not a path", "")]);
     expect("[boot]\nkernel = \"k\"\ncmdline = \"a\\u0000\"", &[(3, 11, "NUL", "")]);

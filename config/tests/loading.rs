@@ -48,7 +48,7 @@ fn nothing_is_needed() {
     assert_eq!((plan.name.as_str(), plan.machine.memory, plan.vcpus.len()), ("vm", 256 << 20, 1));
     let flat = Topology { sockets: 1, dies: 1, cores: 1, threads: 1 };
     assert_eq!((plan.machine.topology, plan.machine.debug_exit), (flat, false));
-    assert_eq!((plan.boot, plan.disks.len(), plan.rngs.len()), (None, 0, 0));
+    assert_eq!((plan.boot.kernel, plan.disks.len(), plan.rngs.len()), (None, 0, 0));
     let poll = Poll { max: Duration::from_micros(32), grow: 2, shrink: 0 };
     let main = Thread { name: "main".into(), cpus: None, sched: Sched::Other { nice: 0 }, poll };
     assert_eq!(plan.threads, [main]);
@@ -62,7 +62,7 @@ fn three_lines_are_a_machine() {
     let plan =
         loads("boot.kernel = \"vmlinux\"\ndisk.root.path = \"root.img\"\nmachine.memory = \"1G\"")
             .plan;
-    assert_eq!(plan.boot.unwrap().kernel, Path::new("/base/vmlinux"));
+    assert_eq!(plan.boot.kernel.unwrap(), Path::new("/base/vmlinux"));
     assert_eq!(plan.disks[0].source, DiskSource::File("/base/root.img".into()));
     assert_eq!(
         (plan.disks[0].queues.as_slice(), plan.machine.memory),
@@ -145,8 +145,8 @@ fn everything_can_be_said() {
     assert_eq!(plan.name, "a \"name\" — 名");
     assert_eq!((plan.machine.memory, plan.machine.hugepages), (2 << 30, Some(1 << 30)));
     assert_eq!(plan.machine.topology.sockets, 2);
-    assert_eq!(plan.boot.as_ref().unwrap().cmdline, "a='b' \"c\"\t");
-    assert_eq!(plan.boot.as_ref().unwrap().initrd.as_deref(), Some(Path::new("/i")));
+    assert_eq!(plan.boot.cmdline, "a='b' \"c\"\t");
+    assert_eq!(plan.boot.initrd.as_deref(), Some(Path::new("/i")));
     let pins: Vec<_> =
         plan.vcpus.iter().map(|vcpu| vcpu.cpus.as_ref().unwrap().to_string()).collect();
     assert_eq!(pins, ["10", "8,72", "8,72", "13"]);

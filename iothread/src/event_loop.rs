@@ -328,7 +328,7 @@ impl EventLoop {
 
     fn has_work(&self) -> bool {
         !self.handle.0.inbox.is_empty()
-            || self.local.ring.as_ref().is_some_and(|ring| ring.has_completions())
+            || self.local.ring.as_ref().is_some_and(|ring| ring.has_work())
     }
 
     /// Polls for as long as the policy says; true: there is work.

@@ -210,13 +210,13 @@ impl Ring {
         Ok(())
     }
 
-    /// Is there anything to reap? Only looks at memory.
-    pub(crate) fn has_completions(&self) -> bool {
+    /// Is there anything to reap, or left to submit? Only looks at memory.
+    pub(crate) fn has_work(&self) -> bool {
         // SAFETY: the queues are only used through `&mut self` on this thread, and this borrow of
         // the shared views ends before any of that can happen.
         let (submission, completion) =
             unsafe { (self.io.submission_shared(), self.io.completion_shared()) };
-        !completion.is_empty() || submission.taskrun()
+        !completion.is_empty() || submission.taskrun() || !submission.is_empty()
     }
 
     /// Tells the kernel about what was queued, and lets it finish what is done.

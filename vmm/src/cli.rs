@@ -55,6 +55,13 @@ pub enum Command {
         #[arg(long, default_value = "small")]
         template: String,
     },
+    /// Write the built-in guest's ELF to a file, to boot it elsewhere
+    ///
+    /// It starts by PVH: qemu-system-x86_64 -M q35 -kernel FILE runs it, too.
+    Guest {
+        /// Where to
+        file: PathBuf,
+    },
     /// Measure
     Bench {
         /// What to measure

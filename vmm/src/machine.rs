@@ -256,17 +256,18 @@ fn create_vm(kvm: &Kvm) -> Result<Arc<VmFd>, HostError> {
 }
 
 fn load(plan: &Plan, memory: &Mem, apic_ids: &[u32]) -> Result<boot::Entry, HostError> {
-    let built_in_cmdline = if plan.machine.debug_exit { "debug-exit" } else { "" };
-    let boot = match &plan.boot {
-        Some(boot) => Boot {
-            kernel: Kernel::File(&boot.kernel),
-            initrd: boot.initrd.as_deref(),
-            cmdline: &boot.cmdline,
-        },
+    let plan::Boot { kernel, initrd, cmdline } = &plan.boot;
+    let mut cmdline = cmdline.clone();
+    let kernel = match kernel {
+        Some(path) => Kernel::File(path),
         None => {
-            Boot { kernel: Kernel::Bytes(BUILT_IN_GUEST), initrd: None, cmdline: built_in_cmdline }
+            if plan.machine.debug_exit {
+                cmdline += " debug-exit";
+            }
+            Kernel::Bytes(BUILT_IN_GUEST)
         }
     };
+    let boot = Boot { kernel, initrd: initrd.as_deref(), cmdline: &cmdline };
     Ok(boot::load(memory, boot, apic_ids)?)
 }
 

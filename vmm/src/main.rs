@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{IsTerminal, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
         Command::Schema { json_schema: true } => print_json(&config::json_schema()),
         Command::Schema { json_schema: false } => print(&config::schema_text()),
         Command::Init { template } => init(&template),
+        Command::Guest { file } => guest(&file),
         Command::Bench { what } => bench::bench(&what),
     };
     ExitCode::from(code)
@@ -51,6 +53,16 @@ fn init(name: &str) -> u8 {
     let known: Vec<_> = config::template_names().collect();
     eprintln!("heddle: no template is called {name:?}; there are: {}", known.join(", "));
     USAGE
+}
+
+fn guest(file: &Path) -> u8 {
+    match fs::write(file, vmm::machine::BUILT_IN_GUEST) {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("heddle: {}: {error}", file.display());
+            HOST
+        }
+    }
 }
 
 /// Says what is wrong with a file, for people or for programs.

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::cli::Run;
 use crate::console::Supervisor;
-use crate::ending::End;
+use crate::ending::{End, Ending};
 use crate::machine::{HostError, Machine, ThreadInfo};
 use crate::terminal::{RawTerminal, Signals};
 use crate::timing::{Timing, TimingReport};
@@ -97,8 +97,9 @@ fn run_plan(options: &Run, loaded: &Loaded, mut timing: Timing) -> Result<u8, Ho
     let reads = raw.is_some() || !std::io::stdin().is_terminal();
     let mut supervisor = Supervisor::new(lines, signals, reads, raw.is_some());
     let timing = timing.report();
-    machine.start();
     let ending = machine.ending.clone();
+    end_on_panic(ending.clone());
+    machine.start();
     let end = supervisor.wait(&ending, options.timeout);
     let threads = machine.threads();
     let images = std::mem::take(&mut machine.images);
@@ -111,7 +112,7 @@ fn run_plan(options: &Run, loaded: &Loaded, mut timing: Timing) -> Result<u8, Ho
         Ok(()) => end,
         Err(why) => End::Internal(why),
     };
-    if plan.boot.is_none() {
+    if plan.boot.kernel.is_none() {
         end = verdict::judge(end, guest.as_ref(), &images);
     }
     let report = Report { end: &end, threads: &threads, fallbacks: &fallbacks, timing: &timing };
@@ -121,6 +122,15 @@ fn run_plan(options: &Run, loaded: &Loaded, mut timing: Timing) -> Result<u8, Ho
         report.say(options, plan);
     }
     Ok(end.exit_code())
+}
+
+/// A thread that panics ends the machine: without its work a guest would only hang.
+fn end_on_panic(ending: Ending) {
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        before(info);
+        ending.announce(End::Internal(format!("a bug in heddle: {info}")));
+    }));
 }
 
 /// What the plan's own policy says about doubtful placements, before anything is built.
@@ -194,7 +204,7 @@ impl Report<'_> {
         if options.timing {
             text += &self.timing.render();
         }
-        if !matches!(self.end, End::PowerOff | End::DebugExit(0)) || plan.boot.is_none() {
+        if !matches!(self.end, End::PowerOff | End::DebugExit(0)) || plan.boot.kernel.is_none() {
             text += &format!("heddle: {}: {}\n", plan.name, self.end);
         }
         // Nobody to tell: the exit code still says it.

@@ -74,10 +74,15 @@ fn topology(cpus: &Reader<'_>) -> Topology {
     topology
 }
 
-/// `None`: there is no kernel, which is reported.
-pub(super) fn boot(table: &Reader<'_>) -> Option<Boot> {
+pub(super) fn boot(table: &Reader<'_>) -> Boot {
     let kernel = table.value("kernel").and_then(|value| value.path());
-    let initrd = table.value("initrd").and_then(|value| value.path());
+    let initrd = table.value("initrd").and_then(|value| {
+        if !table.has("kernel") {
+            value
+                .error("the built-in guest takes no initrd", Some("add `kernel = ...`".to_owned()));
+        }
+        value.path()
+    });
     let cmdline = table.value("cmdline").and_then(|value| {
         let fits = |text: &str| match text {
             _ if text.contains('\0') => Err("has a NUL in it"),
@@ -86,5 +91,5 @@ pub(super) fn boot(table: &Reader<'_>) -> Option<Boot> {
         };
         value.parse(fits, |_| None)
     });
-    Some(Boot { kernel: kernel?, initrd, cmdline: cmdline.unwrap_or_default() })
+    Boot { kernel, initrd, cmdline: cmdline.unwrap_or_default() }
 }

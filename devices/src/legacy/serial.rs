@@ -100,7 +100,7 @@ impl Trigger for Edge {
 /// What the guest has written and nobody has fetched yet.
 struct Output {
     ring: ArrayQueue<u8>,
-    /// Someone was told that there is something to do, and has not come yet.
+    /// Someone was told that there is output, and has not come for it yet.
     woken: AtomicBool,
     /// The guest was told that the transmitter is busy.
     busy: AtomicBool,
@@ -113,7 +113,8 @@ impl Output {
         self.ring.capacity() - self.ring.len() >= RESERVE
     }
 
-    fn wake(&self) {
+    /// There is output: says so, unless it has been said.
+    fn announce(&self) {
         if !self.woken.swap(true, SeqCst) {
             (self.wake)();
         }
@@ -140,7 +141,7 @@ impl io::Write for Writer {
                 self.0.dropped.fetch_add(1, Relaxed);
             }
         }
-        self.0.wake();
+        self.0.announce();
         Ok(bytes.len())
     }
 
@@ -159,7 +160,7 @@ struct Registers {
 ///
 /// One thread is expected to fetch the output and to bring input. `wake` tells it when there is
 /// something to do: output to [`drain`](Self::drain), or room for input that
-/// [`push_input`](Self::push_input) had refused. It is not told again before it has called `drain`.
+/// [`push_input`](Self::push_input) had refused. Each is told once, until that method is called.
 pub struct Serial {
     name: String,
     irq: Edge,
@@ -235,7 +236,7 @@ impl Serial {
         if registers.refused && room > 0 {
             registers.refused = false;
             drop(registers);
-            self.output.wake();
+            (self.output.wake)();
         }
     }
 }

@@ -13,7 +13,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::*};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::*};
 
 use iothread::{ExitCx, LoopHandle, Reply};
 use serde::{Deserialize, Serialize};
@@ -48,7 +48,11 @@ struct Events {
     name: String,
     sink: Arc<dyn InterruptSink>,
     needs_reset: AtomicBool,
+    complaints: AtomicU32,
 }
+
+/// Complaints about one device that are printed: a guest can go on breaking and resetting it.
+const MOST_COMPLAINTS: u32 = 8;
 
 impl QueueEvents for Events {
     fn used(&self, queue: u16) {
@@ -56,11 +60,10 @@ impl QueueEvents for Events {
     }
 
     fn broken(&self, queue: u16, why: &str) {
-        // Once per queue and reset, so a hostile guest cannot flood the log faster than it resets.
-        eprintln!(
-            "heddle: {}:q{queue} is retired until the guest resets the device: {why}",
-            self.name
-        );
+        if self.complaints.fetch_add(1, Relaxed) < MOST_COMPLAINTS {
+            let name = &self.name;
+            eprintln!("heddle: {name}:q{queue} is retired until the guest resets it: {why}");
+        }
         self.needs_reset.store(true, Release);
         self.sink.config();
     }
@@ -132,14 +135,19 @@ impl Transport {
         });
         let seats = seats.collect();
         let registers = Registers { queues: initial_queues(&*device), ..Registers::default() };
-        let needs_reset = AtomicBool::new(false);
+        let events = Events {
+            name: name.to_owned(),
+            sink,
+            needs_reset: AtomicBool::new(false),
+            complaints: AtomicU32::new(0),
+        };
         Self {
             name: name.to_owned(),
             device,
             mem,
             seats,
             seat_of: seat_of.into(),
-            events: Arc::new(Events { name: name.to_owned(), sink, needs_reset }),
+            events: Arc::new(events),
             registers: registers.into(),
         }
     }
@@ -332,25 +340,30 @@ impl Transport {
         for (group, seat) in self.device.groups().into_iter().zip(&self.seats) {
             let queues = group.map(|index| {
                 let queue = registers.queues[usize::from(index)];
-                queue.enabled.then(|| {
-                    let events = Arc::clone(&self.events) as Arc<dyn QueueEvents>;
-                    let indices = indices(usize::from(index));
-                    VirtQueue::new(
-                        index,
-                        queue.rings,
-                        indices,
-                        features,
-                        Arc::clone(&self.mem),
-                        events,
-                    )
-                    .map_err(|why| self.events.broken(index, &why))
-                    .ok()
-                })
+                let indices = indices(usize::from(index));
+                queue.enabled.then(|| self.take_on(index, queue.rings, indices, features)).flatten()
             });
-            let queues: Vec<_> = queues.map(Option::flatten).collect();
+            let queues: Vec<_> = queues.collect();
             let device = Arc::clone(&self.device);
             seat.start(move |port| device.start(queues, features, port));
         }
+    }
+
+    /// One queue as the driver has set it up; `None`: it has set it up wrong, which is said.
+    fn take_on(
+        &self,
+        index: u16,
+        rings: RingAddresses,
+        indices: RingIndices,
+        features: u64,
+    ) -> Option<VirtQueue> {
+        let most = self.device.queue_sizes()[usize::from(index)];
+        let events = Arc::clone(&self.events) as Arc<dyn QueueEvents>;
+        let queue = match rings.size {
+            size if size > most => Err(format!("{size} entries, the most is {most}")),
+            _ => VirtQueue::new(index, rings, indices, features, Arc::clone(&self.mem), events),
+        };
+        queue.map_err(|why| self.events.broken(index, &why)).ok()
     }
 
     /// If a reset was asked for and nothing is in flight any more: clears the registers.
