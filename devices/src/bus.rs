@@ -58,11 +58,12 @@ impl Bus {
             let at = ranges.partition_point(|range| range.base < base);
             free = at.checked_sub(1).is_none_or(|before| ranges[before].last < base)
                 && ranges.get(at).is_none_or(|after| last < after.base);
-            let mut ranges = Vec::clone(ranges);
-            if free {
-                ranges.insert(at, new.clone());
+            if !free {
+                return Arc::clone(ranges);
             }
-            ranges
+            let mut ranges = Vec::clone(ranges);
+            ranges.insert(at, new.clone());
+            Arc::new(ranges)
         });
         free.then_some(()).ok_or(occupied)
     }
