@@ -1,5 +1,8 @@
 //! `heddle bench`: measurements that a person starts.
 
+use std::ffi::OsStr;
+use std::io::Write;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
@@ -22,17 +25,13 @@ pub fn bench(what: &Bench) -> u8 {
 
 /// Starts a one-vCPU machine again and again, each time in a process of its own.
 fn start(runs: u32, as_json: bool) -> Result<(), String> {
-    let mut file = tempfile()?;
-    use std::io::Write;
     let machine = "[machine]\nmemory = \"256M\"\ncpus = 1\n[disk.scratch]\nsize = \"8M\"\n";
-    file.write_all(machine.as_bytes()).map_err(|error| error.to_string())?;
-    let path =
-        format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&file));
+    let file = MachineFile::write(machine)?;
     let heddle = std::env::current_exe().map_err(|error| error.to_string())?;
     let mut results: Vec<Value> = Vec::new();
     for nth in 0..runs.max(1) {
         let output = Command::new(&heddle)
-            .args(["run", &path, "--json"])
+            .args([OsStr::new("run"), file.0.as_os_str(), OsStr::new("--json")])
             .stdin(Stdio::null())
             .stderr(Stdio::null())
             .output()
@@ -63,7 +62,7 @@ fn start(runs: u32, as_json: bool) -> Result<(), String> {
         println!("{:<18} {:>10} {:>10} {:>10}", "", "min", "median", "max");
         println!(
             "{:<18} {:>7.2} ms {:>7.2} ms {:>7.2} ms",
-            "to the first exit", time[0], time[1], time[2]
+            "to the first KVM_RUN", time[0], time[1], time[2]
         );
         println!(
             "{:<18} {:>6} KiB {:>6} KiB {:>6} KiB",
@@ -73,13 +72,23 @@ fn start(runs: u32, as_json: bool) -> Result<(), String> {
     Ok(())
 }
 
-/// A regular file without a name, that the children can open through /proc.
-fn tempfile() -> Result<std::fs::File, String> {
-    use std::os::unix::fs::OpenOptionsExt;
-    std::fs::File::options()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_TMPFILE)
-        .open(std::env::temp_dir())
-        .map_err(|error| format!("a temporary file: {error}"))
+/// A machine file that is gone when this is dropped.
+struct MachineFile(PathBuf);
+
+impl MachineFile {
+    fn write(text: &str) -> Result<Self, String> {
+        let name = format!("heddle-bench-{}.toml", std::process::id());
+        let file = Self(std::env::temp_dir().join(name));
+        let mut options = std::fs::File::options();
+        let opened = options.write(true).create_new(true).open(&file.0);
+        let written = opened.and_then(|mut file| file.write_all(text.as_bytes()));
+        written.map_err(|error| format!("{}: {error}", file.0.display()))?;
+        Ok(file)
+    }
+}
+
+impl Drop for MachineFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
 }
