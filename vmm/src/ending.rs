@@ -33,7 +33,7 @@ pub enum End {
 }
 
 impl End {
-    /// The exit code of the process, see `heddle help exit-codes`.
+    /// The exit code of the process, see `heddle run --help`.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::PowerOff | Self::DebugExit(0) | Self::Console => 0,

@@ -84,9 +84,9 @@ impl RawImage {
         Self::from_files(file, None, options)
     }
 
-    /// Another handle on the image's bytes.
+    /// Another handle on the image's bytes, without demands on alignment.
     pub fn try_clone_file(&self) -> io::Result<File> {
-        self.files.file.try_clone()
+        self.files.unaligned.as_ref().unwrap_or(&self.files.file).try_clone()
     }
 
     fn from_files(file: File, unaligned: Option<File>, options: Options) -> io::Result<Self> {

@@ -1,17 +1,26 @@
 //! A guest in this process: the driver's side of virtio, on real rings in real guest memory.
 
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
-use iothread::{LoopHandle, PollPolicy, Sched, Thread, ThreadSpec};
+use arc_swap::ArcSwap;
+use iothread::{ExitCx, LoopHandle, PollPolicy, Sched, Thread, ThreadSpec};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use super::pci::{Slots, VirtioPci};
 use super::queue::RingAddresses;
 use super::seat::Placement;
 use super::transport::{InterruptSink, Transport, status};
 use super::{F_EVENT_IDX, F_INDIRECT_DESC, Mem, VirtioDevice};
+use crate::bus::Bus;
+use crate::irq::{Doorbells, Msi, MsiSender};
+use crate::pci::{Address, BarSpace, ConfigPorts, Ecam, Function, PciRoot};
+use crate::power::{Power, PowerRequest};
 
 /// Descriptor flags, virtio 1.2 §2.7.5.
 const NEXT: u16 = 1;
@@ -41,6 +50,13 @@ impl TestLoop {
         let spec = ThreadSpec { name: name.to_owned(), cpus: None, sched: Sched::Other(0) };
         let (handle, thread) = iothread::spawn_loop(spec, poll).expect("a loop for a test");
         Self { handle, thread: Some(thread) }
+    }
+}
+
+impl TestLoop {
+    /// Has the loop ended, by a panic for example?
+    pub fn is_finished(&self) -> bool {
+        self.thread.as_ref().is_none_or(Thread::is_finished)
     }
 }
 
@@ -316,5 +332,158 @@ impl Ring {
         let raw: u16 =
             self.mem.load(GuestAddress(at), Ordering::Acquire).expect("the ring lies in memory");
         u16::from_le(raw)
+    }
+}
+
+/// Counts messages and requests to end the machine, and does nothing else with them.
+#[derive(Debug, Default)]
+pub struct Count(AtomicU64);
+
+impl Count {
+    /// How many there were so far.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+impl MsiSender for Count {
+    fn send(&self, _: Msi) {
+        self.0.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+impl Power for Count {
+    fn request(&self, _: PowerRequest) {
+        self.0.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+/// Does for doorbells what KVM does: a write to a connected address signals and goes no further.
+#[derive(Debug, Default)]
+struct DoorbellMap(ArcSwap<BTreeMap<u64, Arc<OwnedFd>>>);
+
+impl DoorbellMap {
+    /// True: the address is connected, and was signalled.
+    fn ring(&self, address: u64) -> bool {
+        let map = self.0.load();
+        let Some(fd) = map.get(&address) else { return false };
+        #[expect(unsafe_code, reason = "an eventfd is written with a system call")]
+        // SAFETY: the 8 bytes are read only during the call.
+        let written = unsafe { libc::write(fd.as_raw_fd(), (&raw const ONE).cast(), 8) };
+        assert_eq!(written, 8, "an eventfd takes a signal");
+        true
+    }
+}
+
+static ONE: u64 = 1;
+
+/// Two doorbells at one address, or one that is disconnected twice, would be a bug: KVM refuses.
+impl Doorbells for DoorbellMap {
+    fn connect(&self, address: u64, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let fd = Arc::new(fd.try_clone_to_owned()?);
+        let before = self.0.rcu(|map| {
+            let mut map = BTreeMap::clone(map);
+            map.insert(address, Arc::clone(&fd));
+            map
+        });
+        assert!(!before.contains_key(&address), "two doorbells at {address:#x}");
+        Ok(())
+    }
+
+    fn disconnect(&self, address: u64, _: BorrowedFd<'_>) -> io::Result<()> {
+        let before = self.0.rcu(|map| {
+            let mut map = BTreeMap::clone(map);
+            map.remove(&address);
+            map
+        });
+        assert!(before.contains_key(&address), "no doorbell at {address:#x}");
+        Ok(())
+    }
+}
+
+/// A machine for PCI devices, as a guest's accesses see it.
+pub struct Board {
+    /// Guest memory.
+    pub mem: Mem,
+    /// Interrupts so far.
+    pub messages: Arc<Count>,
+    memory: Arc<Bus>,
+    ports: Bus,
+    root: Arc<PciRoot>,
+    doorbells: Arc<DoorbellMap>,
+    space: BarSpace,
+}
+
+impl std::fmt::Debug for Board {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Board").field("root", &self.root).finish_non_exhaustive()
+    }
+}
+
+impl Board {
+    /// Where configuration space lies in memory.
+    pub const ECAM: u64 = 0xe000_0000;
+
+    /// A machine without devices; BARs come to lie from 0xd0000000.
+    pub fn new(mem: Mem) -> Self {
+        let (memory, ports, root) = (Arc::<Bus>::default(), Bus::default(), Arc::default());
+        let ecam = Arc::new(Ecam::new(Arc::clone(&root)));
+        memory.insert(Self::ECAM, Ecam::BUS_SIZE, ecam).expect("the bus is empty");
+        let config_ports = ConfigPorts::new(Arc::clone(&root), Arc::<Count>::default());
+        ports
+            .insert(ConfigPorts::PORT, ConfigPorts::SIZE, Arc::new(config_ports))
+            .expect("the bus is empty");
+        Self {
+            mem,
+            messages: Arc::default(),
+            memory,
+            ports,
+            root,
+            doorbells: Arc::default(),
+            space: BarSpace::new(0xd000_0000, Self::ECAM),
+        }
+    }
+
+    /// Plugs a device in, with all its queues served by `placement`.
+    pub fn add(
+        &mut self,
+        name: &str,
+        device: impl VirtioDevice,
+        placement: Placement<LoopHandle>,
+    ) -> Address {
+        let slots = Slots {
+            bus: Arc::clone(&self.memory),
+            msi: Arc::clone(&self.messages) as Arc<dyn MsiSender>,
+            doorbells: Arc::clone(&self.doorbells) as Arc<dyn Doorbells>,
+            mem: Arc::clone(&self.mem),
+        };
+        let placements = vec![placement; device.groups().len()];
+        let function =
+            VirtioPci::new(name, Arc::new(device), &placements, &slots, &mut self.space)
+                .expect("a device for a test");
+        let function = Arc::new(function) as Arc<dyn Function>;
+        self.root.add(&function).expect("a free slot")
+    }
+
+    /// The guest reads memory that is not RAM.
+    pub fn read(&self, address: u64, data: &mut [u8], exit: &mut ExitCx<'_>) {
+        self.memory.read(address, data, exit);
+    }
+
+    /// The guest writes memory that is not RAM. A connected doorbell takes no exit.
+    pub fn write(&self, address: u64, data: &[u8], exit: &mut ExitCx<'_>) {
+        if !self.doorbells.ring(address) {
+            self.memory.write(address, data, exit);
+        }
+    }
+
+    /// The guest reads a port.
+    pub fn read_port(&self, port: u64, data: &mut [u8], exit: &mut ExitCx<'_>) {
+        self.ports.read(port, data, exit);
+    }
+
+    /// The guest writes a port.
+    pub fn write_port(&self, port: u64, data: &[u8], exit: &mut ExitCx<'_>) {
+        self.ports.write(port, data, exit);
     }
 }
