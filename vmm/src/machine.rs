@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::*};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use config::CpuSet;
 use config::plan::{self, Disk, DiskSource, Plan, SerialOut};
@@ -192,41 +192,43 @@ impl Machine {
         loops.chain(vcpus).collect()
     }
 
-    /// Ends the guest, lets the devices finish what is in flight, and ends the threads. What is
-    /// still in flight after five seconds is named and left behind.
+    /// Ends the guest, lets the devices finish what is in flight, and ends the threads. What does
+    /// not come to rest within five seconds is named and left behind.
     pub fn stop(self, blocking: &Blocking) -> Result<(), String> {
         let Self { shared, vcpus, start, devices, loops, .. } = self;
         shared.stop.store(true, Release);
         drop(start);
-        for vcpu in &vcpus {
-            vcpu.kick();
+        let stopped = stop_vcpus(vcpus);
+        let paused = Paused::pause(&devices, blocking, REST_LIMIT).map_err(|e| e.to_string());
+        if let Err(why) = stopped.and(paused.map(drop)) {
+            // The process ends with requests in flight: nothing they use may be freed.
+            std::mem::forget((shared, devices, loops));
+            return Err(why);
         }
-        let mut result = Ok(());
-        for vcpu in vcpus {
-            let name = vcpu.thread.granted.name.clone();
-            if vcpu.thread.join().is_err() {
-                result = Err(format!("thread {name} panicked"));
-            }
-        }
-        match Paused::pause(&devices, blocking, REST_LIMIT) {
-            // The devices go before their loops, so that their fds and timers can be let go.
-            Ok(_) => {}
-            Err(error) => {
-                // The process ends with requests in flight: nothing they use may be freed.
-                std::mem::forget((devices, loops));
-                return Err(error.to_string());
-            }
-        }
-        drop(devices);
-        for (handle, thread) in loops {
-            let name = handle.name().to_owned();
+        loops.into_iter().try_for_each(|(handle, thread)| {
             handle.stop();
-            if thread.join().is_err() {
-                result = Err(format!("thread {name} panicked"));
-            }
-        }
-        result
+            join(thread)
+        })
     }
+}
+
+/// Makes all vCPUs leave the guest, and waits for their threads.
+fn stop_vcpus(vcpus: Vec<Vcpu>) -> Result<(), String> {
+    vcpus.iter().for_each(Vcpu::kick);
+    let deadline = Instant::now() + REST_LIMIT;
+    for vcpu in vcpus {
+        if !vcpu.ends_by(deadline) {
+            let name = &vcpu.thread.granted.name;
+            return Err(format!("thread {name} is still serving an exit after {REST_LIMIT:?}"));
+        }
+        join(vcpu.thread)?;
+    }
+    Ok(())
+}
+
+fn join(thread: Thread) -> Result<(), String> {
+    let name = thread.granted.name.clone();
+    thread.join().map_err(|_| format!("thread {name} panicked"))
 }
 
 fn open_kvm() -> Result<Kvm, HostError> {

@@ -7,6 +7,8 @@ use std::io;
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::*};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::time::Instant;
 
 use devices::bus::Bus;
 use iothread::{Counters, ExitCx, Thread, ThreadSpec, VcpuLoop};
@@ -57,6 +59,8 @@ pub struct Vcpu {
     pub thread: Thread,
     /// What it has done.
     pub counters: Arc<Counters>,
+    /// Disconnected when the thread ends.
+    alive: Receiver<()>,
 }
 
 impl Vcpu {
@@ -65,10 +69,12 @@ impl Vcpu {
         spec: ThreadSpec,
         fd: VcpuFd,
         shared: Arc<Shared>,
-        start: std::sync::mpsc::Receiver<()>,
+        start: Receiver<()>,
     ) -> io::Result<Self> {
-        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+        let (sender, receiver) = sync_channel(1);
+        let (living, alive) = sync_channel(1);
         let thread = iothread::spawn(spec, move || {
+            let _living: SyncSender<()> = living;
             let vcpu_loop = VcpuLoop::enter();
             let sent = sender.send(Arc::clone(vcpu_loop.counters()));
             if sent.is_ok() && start.recv().is_err() {
@@ -76,7 +82,13 @@ impl Vcpu {
             }
         })?;
         let counters = receiver.recv().map_err(|_| io::Error::other("a vCPU thread died"))?;
-        Ok(Self { thread, counters })
+        Ok(Self { thread, counters, alive })
+    }
+
+    /// Waits for the end of its thread; false: `deadline` came first.
+    pub fn ends_by(&self, deadline: Instant) -> bool {
+        let left = deadline.saturating_duration_since(Instant::now());
+        self.alive.recv_timeout(left) == Err(RecvTimeoutError::Disconnected)
     }
 
     /// Makes it leave the guest, to see that [`Shared::stop`] is set.

@@ -1,8 +1,9 @@
 //! A guest in this process: the driver's side of virtio, on real rings in real guest memory.
 
 use std::collections::BTreeMap;
-use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -360,30 +361,25 @@ impl Power for Count {
 
 /// Does for doorbells what KVM does: a write to a connected address signals and goes no further.
 #[derive(Debug, Default)]
-struct DoorbellMap(ArcSwap<BTreeMap<u64, Arc<OwnedFd>>>);
+struct DoorbellMap(ArcSwap<BTreeMap<u64, Arc<File>>>);
 
 impl DoorbellMap {
     /// True: the address is connected, and was signalled.
     fn ring(&self, address: u64) -> bool {
         let map = self.0.load();
-        let Some(fd) = map.get(&address) else { return false };
-        #[expect(unsafe_code, reason = "an eventfd is written with a system call")]
-        // SAFETY: the 8 bytes are read only during the call.
-        let written = unsafe { libc::write(fd.as_raw_fd(), (&raw const ONE).cast(), 8) };
-        assert_eq!(written, 8, "an eventfd takes a signal");
+        let Some(eventfd) = map.get(&address) else { return false };
+        (&**eventfd).write_all(&1u64.to_ne_bytes()).expect("an eventfd takes a signal");
         true
     }
 }
 
-static ONE: u64 = 1;
-
 /// Two doorbells at one address, or one that is disconnected twice, would be a bug: KVM refuses.
 impl Doorbells for DoorbellMap {
     fn connect(&self, address: u64, fd: BorrowedFd<'_>) -> io::Result<()> {
-        let fd = Arc::new(fd.try_clone_to_owned()?);
+        let eventfd = Arc::new(File::from(fd.try_clone_to_owned()?));
         let before = self.0.rcu(|map| {
             let mut map = BTreeMap::clone(map);
-            map.insert(address, Arc::clone(&fd));
+            map.insert(address, Arc::clone(&eventfd));
             map
         });
         assert!(!before.contains_key(&address), "two doorbells at {address:#x}");
