@@ -141,6 +141,55 @@ fn a_full_ring_is_served_without_loss() {
 }
 
 #[test]
+fn queues_that_share_a_loop_are_all_served() {
+    everywhere(|placement, engine, features| {
+        const QUEUES: u16 = 4;
+        let file = image();
+        let mut rig = Rig::new(disk(&file, options(engine), QUEUES), placement, memory(4 << 20));
+        rig.start(64, features);
+        for round in 0..20 {
+            for queue in 0..QUEUES {
+                let slot = u64::from(queue);
+                prepare(&rig, slot, IN, round);
+                let data = (DATA + slot * 512, 512, true);
+                let chain = [(HEADER + slot * 16, 16, false), data, (STATUS + slot, 1, true)];
+                rig.queues[usize::from(queue)].add(&chain).unwrap();
+            }
+            rig.kick_all(0..QUEUES);
+            for queue in 0..QUEUES {
+                assert_eq!(rig.used(queue).1, 513);
+            }
+        }
+    });
+}
+
+#[test]
+fn while_a_request_is_in_flight_the_driver_need_not_kick_and_its_completion_finds_the_next() {
+    for features in [PLAIN, PLAIN | F_EVENT_IDX] {
+        let home = TestLoop::new("io0", PollPolicy::OFF);
+        let (mut rig, submitted) = slow_rig(&home, features);
+        let (port, slot) = submitted.recv().unwrap();
+        home.handle.barrier().wait(&Blocking::on_this_thread().unwrap()).unwrap();
+        prepare(&rig, 1, IN, 0);
+        let second = [(HEADER + 16, 16, false), (DATA, 512, true), (STATUS + 1, 1, true)];
+        rig.queues[0].add(&second).unwrap();
+        assert!(!rig.kick(0), "a kick with features {features:x}");
+        port.post(slot, 512);
+        let (port, slot) = submitted.recv_timeout(Duration::from_secs(30)).expect("found it");
+        assert_eq!(rig.used(0).1, 513);
+        port.post(slot, 512);
+        assert_eq!(rig.used(0).1, 513);
+        home.handle.barrier().wait(&Blocking::on_this_thread().unwrap()).unwrap();
+        prepare(&rig, 2, IN, 0);
+        let third = [(HEADER + 32, 16, false), (DATA, 512, true), (STATUS + 2, 1, true)];
+        rig.queues[0].add(&third).unwrap();
+        assert!(rig.kick(0), "idle again: kicks are wanted with features {features:x}");
+        let (port, slot) = submitted.recv().unwrap();
+        port.post(slot, 512);
+    }
+}
+
+#[test]
 fn requests_that_cannot_be_are_answered_and_the_queue_lives() {
     let home = TestLoop::new("io0", PollPolicy::OFF);
     let file = image();
@@ -304,11 +353,11 @@ impl BlockIo for SlowIo {
     }
 }
 
-fn slow_rig(home: &TestLoop) -> (Rig, Receiver<(Arc<Port>, u16)>) {
+fn slow_rig(home: &TestLoop, features: u64) -> (Rig, Receiver<(Arc<Port>, u16)>) {
     let (pending, submitted) = channel();
     let blk = Blk::new(Arc::new(Slow { pending }), "slow", 1, 64);
     let mut rig = Rig::new(blk, Placement::Loop(home.handle.clone()), memory(4 << 20));
-    rig.start(64, PLAIN);
+    rig.start(64, features);
     prepare(&rig, 0, IN, 0);
     rig.queues[0].add(&[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]).unwrap();
     rig.kick(0);
@@ -318,7 +367,7 @@ fn slow_rig(home: &TestLoop) -> (Rig, Receiver<(Arc<Port>, u16)>) {
 #[test]
 fn a_reset_is_over_only_when_nothing_is_in_flight() {
     let home = TestLoop::new("io0", PollPolicy::OFF);
-    let (rig, submitted) = slow_rig(&home);
+    let (rig, submitted) = slow_rig(&home, PLAIN);
     let (port, slot) = submitted.recv().unwrap();
     let blocking = Blocking::on_this_thread().unwrap();
     rig.transport.set_status(0);
@@ -357,7 +406,7 @@ impl Lifecycle for Whole {
 #[test]
 fn a_pause_that_takes_too_long_names_the_queue_and_the_device_runs_on() {
     let home = TestLoop::new("io0", PollPolicy::OFF);
-    let (mut rig, submitted) = slow_rig(&home);
+    let (mut rig, submitted) = slow_rig(&home, PLAIN);
     let (port, slot) = submitted.recv().unwrap();
     let blocking = Blocking::on_this_thread().unwrap();
     let Rig { transport, mem, .. } = rig;

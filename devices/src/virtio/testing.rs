@@ -168,6 +168,19 @@ impl Rig {
         true
     }
 
+    /// Kicks several queues, one right after the other.
+    pub fn kick_all(&mut self, queues: std::ops::Range<u16>) {
+        let wanted: Vec<u16> =
+            queues.filter(|queue| self.queues[usize::from(*queue)].wants_kick()).collect();
+        let transport = &self.transport;
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut vcpu = iothread::VcpuLoop::enter();
+                wanted.iter().for_each(|queue| transport.notify(*queue, &mut vcpu.exit()));
+            });
+        });
+    }
+
     /// Waits for the next interrupt: that of a queue, or `None` for configuration.
     pub fn interrupt(&self) -> Option<u16> {
         self.events.recv_timeout(PATIENCE).expect("an interrupt that never came")
@@ -454,9 +467,8 @@ impl Board {
             mem: Arc::clone(&self.mem),
         };
         let placements = vec![placement; device.groups().len()];
-        let function =
-            VirtioPci::new(name, Arc::new(device), &placements, &slots, &mut self.space)
-                .expect("a device for a test");
+        let function = VirtioPci::new(name, Arc::new(device), &placements, &slots, &mut self.space)
+            .expect("a device for a test");
         let function = Arc::new(function) as Arc<dyn Function>;
         self.root.add(&function).expect("a free slot")
     }

@@ -196,11 +196,20 @@ fn a_callback_that_needs_the_home_loop_is_run_there_with_the_strand_held_on_the_
     assert_eq!(log.poll(), Ok(Some(vec![false, true])));
 }
 
+/// Waits for something that other threads will do, without asking them.
+fn eventually(what: &str, done: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !done() {
+        assert!(began.elapsed() < Duration::from_secs(20), "never: {what}");
+        std::thread::yield_now();
+    }
+}
+
 #[test]
 fn many_threads_kicking_one_object_lose_nothing_and_never_meet() {
-    const KICKS: u64 = 100_000;
-    const THREADS: u64 = 4;
-    with_loop(PollPolicy::default(), |handle, blocking| {
+    const ROUNDS: u64 = 5_000;
+    const THREADS: u64 = 3;
+    with_loop(PollPolicy::default(), |handle, _| {
         struct Object {
             inside: bool,
             seen: Arc<AtomicU64>,
@@ -209,29 +218,53 @@ fn many_threads_kicking_one_object_lose_nothing_and_never_meet() {
         let (work, seen) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
         let object = Object { inside: false, seen: Arc::clone(&seen), work: Arc::clone(&work) };
         let strand = Strand::new(handle, object);
-        let kick = strand.event(|object, _| {
-            assert!(!object.inside, "two threads in one object");
-            object.inside = true;
-            let found = object.work.load(Acquire);
-            object.seen.store(found, Release);
-            object.inside = false;
+        let kick = || {
+            strand.event(|object: &mut Object, _| {
+                assert!(!object.inside, "two threads in one object");
+                object.inside = true;
+                let found = object.work.load(Acquire);
+                object.seen.store(found, Release);
+                object.inside = false;
+                Progress::Idle
+            })
+        };
+        let start = std::sync::Barrier::new(THREADS as usize);
+        std::thread::scope(|scope| {
+            for nth in 0..THREADS {
+                let (work, seen, start, kick) = (&work, &seen, &start, kick());
+                scope.spawn(move || {
+                    let mut vcpu = VcpuLoop::enter();
+                    for round in 1..=ROUNDS {
+                        start.wait();
+                        work.fetch_add(1, AcqRel);
+                        match nth {
+                            0 => kick.schedule(),
+                            _ => kick.run_here(&mut vcpu.exit()),
+                        }
+                        // Nobody kicks again before everybody's kick has been served.
+                        eventually("a kick was lost", || seen.load(Acquire) >= round * THREADS);
+                    }
+                });
+            }
+        });
+    });
+}
+
+#[test]
+fn a_message_that_meets_the_loop_on_its_way_to_sleep_wakes_it() {
+    with_loop(PollPolicy::OFF, |handle, _| {
+        let count = Arc::new(AtomicU64::new(0));
+        let strand = Strand::new(handle, Arc::clone(&count));
+        let event = strand.event(|count: &mut Arc<AtomicU64>, _| {
+            count.fetch_add(1, AcqRel);
             Progress::Idle
         });
-        let threads: Vec<_> = (0..THREADS)
-            .map(|_| {
-                let (work, kick) = (Arc::clone(&work), kick.clone());
-                std::thread::spawn(move || {
-                    let mut vcpu = VcpuLoop::enter();
-                    for n in 0..KICKS {
-                        work.fetch_add(1, AcqRel);
-                        if n % 4 == 0 { kick.schedule() } else { kick.run_here(&mut vcpu.exit()) }
-                    }
-                })
-            })
-            .collect();
-        threads.into_iter().for_each(|thread| thread.join().unwrap());
-        strand.call(|_, _| ()).wait(blocking).unwrap();
-        assert_eq!(seen.load(Acquire), THREADS * KICKS, "the last kick was lost");
+        for n in 1..=50_000u64 {
+            event.schedule();
+            // Different delays, so that the next message finds the loop at different places.
+            eventually("a message was lost", || count.load(Acquire) == n);
+            (0..n % 700).for_each(|_| std::hint::spin_loop());
+        }
     });
 }
 
