@@ -1,8 +1,8 @@
 //! From a plan to a running machine, and back to nothing.
 
 use std::fs::File;
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{self, IsTerminal};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -490,12 +490,20 @@ impl Parts {
     }
 }
 
-/// A descriptor of its own for the console's output.
+/// A descriptor of its own for the console's output. A terminal is opened anew, so that it can be
+/// non-blocking here without being so for the shell, and Ctrl-S stops nothing but the output.
 fn stdio(to_stderr: bool) -> io::Result<OwnedFd> {
-    match to_stderr {
-        true => io::stderr().as_fd().try_clone_to_owned(),
-        false => io::stdout().as_fd().try_clone_to_owned(),
+    let output = match to_stderr {
+        true => io::stderr().as_fd().try_clone_to_owned()?,
+        false => io::stdout().as_fd().try_clone_to_owned()?,
+    };
+    if !output.is_terminal() {
+        return Ok(output);
     }
+    let path = format!("/proc/self/fd/{}", output.as_raw_fd());
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    let terminal = File::options().write(true).custom_flags(flags).open(path);
+    Ok(terminal.map_or(output, OwnedFd::from))
 }
 
 fn open_image(disk: &Disk, options: Options) -> Result<RawImage, (String, io::Error)> {
