@@ -8,8 +8,8 @@
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::*, fence};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -117,11 +117,11 @@ impl LoopHandle {
 
     pub(crate) fn add_fd(&self, fd: OwnedFd, trigger: Trigger, task: &Arc<Node<Task>>) -> FdSource {
         let fd = Arc::new(fd);
-        let registered = Arc::new(AtomicU64Token::default());
+        let registered = Arc::<OnceLock<Token>>::default();
         let (watched, task, slot) = (Arc::clone(&fd), Arc::clone(task), Arc::clone(&registered));
         self.admin(move |event_loop| {
             match event_loop.readiness.add(watched.as_raw_fd(), trigger, task) {
-                Ok(token) => slot.set(token),
+                Ok(token) => drop(slot.set(token)),
                 Err(error) => eprintln!(
                     "heddle: thread {}: cannot watch a file descriptor: {error}",
                     event_loop.handle.name()
@@ -149,26 +149,12 @@ impl LoopHandle {
     }
 }
 
-/// The token of a registered fd, once the loop has registered it. Only the loop touches it.
-#[derive(Debug, Default)]
-struct AtomicU64Token(std::sync::atomic::AtomicU64);
-
-impl AtomicU64Token {
-    fn set(&self, token: Token) {
-        self.0.store(u64::from(token.0) + 1, Relaxed);
-    }
-
-    fn get(&self) -> Option<Token> {
-        let raw = self.0.load(Relaxed);
-        raw.checked_sub(1).map(|token| Token(u32::try_from(token).expect("stored from a u32")))
-    }
-}
-
 /// A file descriptor that a loop watches until this is dropped.
 #[derive(Debug)]
 pub struct FdSource {
     fd: Arc<OwnedFd>,
-    registered: Arc<AtomicU64Token>,
+    /// Set once the loop watches it.
+    registered: Arc<OnceLock<Token>>,
     home: LoopHandle,
 }
 
@@ -184,7 +170,7 @@ impl Drop for FdSource {
         let (fd, registered) = (Arc::clone(&self.fd), Arc::clone(&self.registered));
         self.home.admin(move |event_loop| {
             if let Some(token) = registered.get() {
-                event_loop.readiness.remove(fd.as_raw_fd(), token);
+                event_loop.readiness.remove(fd.as_raw_fd(), *token);
             }
         });
     }

@@ -187,7 +187,7 @@ fn take_on(spec: ThreadSpec) -> Granted {
     }
     if sched != spec.sched {
         let why = match scheduled {
-            Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 "not permitted: raise RLIMIT_RTPRIO or RLIMIT_NICE, or grant CAP_SYS_NICE".into()
             }
             Err(error) => format!("{error}"),
