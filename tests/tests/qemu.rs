@@ -29,9 +29,10 @@ fn the_same_elf_boots_under_qemu_by_pvh_and_finds_its_devices_good() {
         .expect("qemu-system-x86_64 is installed by tests/run");
     let said = String::from_utf8_lossy(&output.stdout);
     let line = said.lines().rfind(|line| line.starts_with('{'));
-    let report: Value = line
-        .and_then(|line| serde_json::from_str(line).ok())
-        .unwrap_or_else(|| panic!("no report: {said}\n{}", String::from_utf8_lossy(&output.stderr)));
+    let report: Value =
+        line.and_then(|line| serde_json::from_str(line).ok()).unwrap_or_else(|| {
+            panic!("no report: {said}\n{}", String::from_utf8_lossy(&output.stderr))
+        });
     assert_eq!((&report["verdict"], &report["vcpus"]), (&"ok".into(), &2.into()), "{said}");
     let images = [("data".to_owned(), File::open(&disk).unwrap())];
     assert_eq!(vmm::verdict::judge(End::PowerOff, Some(&report), &images), End::PowerOff);

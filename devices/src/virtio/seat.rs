@@ -219,8 +219,11 @@ impl Seat {
 
     /// Takes work again, beginning with what has arrived.
     pub fn resume(&self) {
-        drop(self.strand.call(|body, _| body.set_wish(Wish::Run, None)));
-        self.kick.schedule();
+        let kick = self.kick.clone();
+        drop(self.strand.call(move |body, _| {
+            body.set_wish(Wish::Run, None);
+            kick.schedule(); // not before: one that is queued already comes too early
+        }));
     }
 
     /// Takes no new work; the handler leaves when nothing is in flight, then this answers.

@@ -1,0 +1,217 @@
+# Guests of a few instructions. They start as PVH says: at 1 MiB, in 32-bit protected mode without
+# paging, with the address of the start info in EBX; they have no stack.
+#
+# Each is a length and then the code. Memory from SCRATCH on is theirs and zero.
+
+.set CODE, 0x100000
+.set SCRATCH, 0x200000
+.set COM1, 0x3f8
+
+.macro payload name
+    .section .rodata.payloads, "a"
+    .balign 4
+    .global payload_\name
+payload_\name:
+    .long payload_\name\()_end - payload_\name - 4
+    .code32
+.endm
+
+.macro end name
+payload_\name\()_end:
+    .code64
+    .text
+.endm
+
+# Sends AL by COM1 once there is room. Changes EDX and AH.
+.macro put_al
+    mov ah, al
+    mov edx, COM1 + 5
+77: in al, dx
+    test al, 0x20
+    jz 77b
+    mov al, ah
+    mov edx, COM1
+    out dx, al
+.endm
+
+.macro stop
+77: cli
+    hlt
+    jmp 77b
+.endm
+
+# SLP_EN with SLP_TYP 0 in PM1a control.
+.macro power_off
+    mov edx, 0x604
+    mov eax, 0x2000
+    out dx, ax
+    stop
+.endm
+
+# An empty IDT and a fault.
+.macro triple_fault
+    lidt [SCRATCH]
+    ud2
+.endm
+
+# EDI: the FADT.
+.macro find_fadt
+    mov esi, [ebx + 32]                 # RSDP
+    mov esi, [esi + 24]                 # XSDT
+76: mov edi, [esi + 36]
+    add esi, 8
+    cmp dword ptr [edi], 0x50434146     # "FACP"
+    jne 76b
+.endm
+
+payload spin
+2:  jmp 2b
+end spin
+
+payload fault
+    triple_fault
+end fault
+
+# Sends its command line and powers off.
+payload cmdline
+    mov esi, [ebx + 24]
+2:  mov al, [esi]
+    inc esi
+    test al, al
+    jz 3f
+    put_al
+    jmp 2b
+3:  power_off
+end cmdline
+
+# Says "ready", then sends back what it gets; "q" powers off, "t" is a triple fault.
+payload echo
+    .irpc letter, ready
+    mov al, '\letter'
+    put_al
+    .endr
+2:  mov edx, COM1 + 5
+    in al, dx
+    test al, 1
+    jz 2b
+    mov edx, COM1
+    in al, dx
+    cmp al, 'q'
+    je 3f
+    cmp al, 't'
+    je 4f
+    put_al
+    jmp 2b
+3:  power_off
+4:  triple_fault
+end echo
+
+# Sends without end.
+payload flood
+2:  mov al, '~'
+    put_al
+    jmp 2b
+end flood
+
+# Powers off as an operating system does: the port from the FADT, the value from _S5 in the DSDT.
+payload acpi_power_off
+    find_fadt
+    mov edx, [edi + 64]                 # PM1a_CNT_BLK
+    mov esi, [edi + 140]                # X_DSDT
+2:  inc esi
+    cmp dword ptr [esi], 0x5f35535f     # "_S5_", then package, its length, its number of elements
+    jne 2b
+    movzx eax, byte ptr [esi + 7]
+    cmp al, 0x0a                        # a byte constant
+    jne 3f
+    movzx eax, byte ptr [esi + 8]
+3:  shl eax, 10
+    or eax, 0x2000
+    out dx, ax
+    stop
+end acpi_power_off
+
+# Resets as the FADT says.
+payload acpi_reset
+    find_fadt
+    mov edx, [edi + 120]                # RESET_REG, an I/O port
+    mov al, [edi + 128]                 # RESET_VALUE
+    out dx, al
+    stop
+end acpi_reset
+
+# For each function 00:NN.0 that there is: its number, its 256 bytes of configuration space by
+# ports 0xcf8 and 0xcfc, and num_queues from the common configuration at BAR 0 if it is virtio.
+payload pci
+    xor ebp, ebp
+2:  xor ecx, ecx
+    lea eax, [ebp + 0x80000000]
+    mov edx, 0xcf8
+    out dx, eax
+    mov edx, 0xcfc
+    in eax, dx
+    cmp eax, -1
+    je 8f
+    mov esi, eax                        # device and vendor
+    mov eax, ebp
+    shr eax, 11
+    put_al
+3:  lea eax, [ebp + ecx + 0x80000000]
+    mov edx, 0xcf8
+    out dx, eax
+    mov edx, 0xcfc
+    in eax, dx
+    cmp ecx, 0x10
+    jne 4f
+    mov ebx, eax                        # BAR 0
+4:  mov edi, eax
+    .rept 4
+    mov eax, edi
+    put_al
+    shr edi, 8
+    .endr
+    add ecx, 4
+    cmp ecx, 256
+    jne 3b
+    xor edi, edi
+    cmp si, 0x1af4
+    jne 5f
+    and ebx, -16
+    movzx edi, word ptr [ebx + 18]
+5:  mov eax, edi
+    put_al
+    shr edi, 8
+    mov eax, edi
+    put_al
+8:  add ebp, 0x800
+    cmp ebp, 0x10000
+    jne 2b
+    power_off
+end pci
+
+# Starts the CPU with APIC id 1 by INIT and SIPI. That one sends "A" from real mode and leaves a
+# mark; this one waits for the mark, sends "B" and powers off.
+payload two_cpus
+    jmp 3f                              # two bytes, so the other CPU's code is at CODE + 2
+    .code16
+    mov al, 'A'
+    mov dx, COM1
+    out dx, al
+    mov byte ptr [0x9000], 1
+    stop
+    .code32
+3:  mov esi, CODE + 2
+    mov edi, 0x8000
+    mov ecx, 32
+    rep movsb
+    mov dword ptr [0xfee000f0], 0x1ff   # the local APIC is on
+    mov dword ptr [0xfee00310], 1 << 24
+    mov dword ptr [0xfee00300], 0x4500  # INIT
+    mov dword ptr [0xfee00300], 0x4608  # start-up at 0x8000
+2:  pause
+    cmp byte ptr [0x9000], 1
+    jne 2b
+    mov al, 'B'
+    put_al
+    power_off
+end two_cpus

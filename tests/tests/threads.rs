@@ -1,0 +1,214 @@
+//! The threads of a running machine, as the kernel sees them.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::process::Command;
+
+use serde_json::Value;
+use tests::machine::{Machine, Outcome, Running, text, threads};
+use tests::payload;
+use tests::program::heddle;
+
+/// What the kernel says of a thread.
+#[derive(Debug, PartialEq, Eq)]
+struct Seen {
+    cpus: String,
+    policy: libc::c_int,
+    nice: i32,
+}
+
+/// A thread on `cpus`.
+fn on(cpus: &str, policy: libc::c_int, nice: i32) -> Seen {
+    Seen { cpus: cpus.to_owned(), policy, nice }
+}
+
+/// `Cpus_allowed_list` of a process or thread.
+fn allowed(path: &str) -> String {
+    let status = fs::read_to_string(format!("{path}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+    line.unwrap().trim().to_owned()
+}
+
+fn seen(pid: u32, thread: u32) -> Seen {
+    let path = format!("/proc/{pid}/task/{thread}");
+    let stat = fs::read_to_string(format!("{path}/stat")).unwrap();
+    // proc(5): what follows the name begins with field 3; nice is field 19, policy 41.
+    let fields: Vec<_> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    let nice = fields[19 - 3].parse().unwrap();
+    let policy = fields[41 - 3].parse().unwrap();
+    Seen { cpus: allowed(&path), policy, nice }
+}
+
+/// The first and the last CPU this process may use, and all of them.
+fn host_cpus() -> (String, String, String) {
+    let all = allowed("/proc/self");
+    let first = all.split([',', '-']).next().unwrap().to_owned();
+    let last = all.rsplit([',', '-']).next().unwrap().to_owned();
+    (first, last, all)
+}
+
+/// The threads heddle made, by name; those that the kernel adds are left out.
+fn made(pid: u32) -> BTreeMap<String, u32> {
+    let kernels = |name: &str| name.starts_with("iou-") || name.starts_with("kvm-");
+    threads(pid)
+        .into_iter()
+        .map(|(id, name)| (name, id))
+        .filter(|(name, _)| !kernels(name))
+        .collect()
+}
+
+/// A machine that waits for input, and its threads.
+fn waiting(toml: &str) -> (Machine, Running, BTreeMap<String, u32>) {
+    let machine = Machine::booting(payload::echo(), "", toml);
+    let mut running = machine.start(&["--json"]);
+    running.wait_for("ready");
+    let threads = made(running.pid());
+    (machine, running, threads)
+}
+
+#[track_caller]
+fn stop(running: Running) -> Outcome {
+    running.signal(libc::SIGTERM);
+    running.wait().expect(143)
+}
+
+#[test]
+fn threads_have_the_name_cpus_policy_and_nice_of_the_file() {
+    let (first, last, all) = host_cpus();
+    let toml = format!(
+        "[machine]\ncpus = 3\n\
+         [vcpu]\nsched = {{ policy = \"batch\", nice = 3 }}\n\
+         [vcpu.pin]\n1 = \"{last}\"\n2 = \"{first},{last}\"\n\
+         [thread.main]\ncpus = \"{first}\"\n\
+         [thread.io0]\ncpus = \"{last}\"\nsched = {{ nice = 5 }}\n\
+         [thread.fifteen-letters]\nsched = {{ policy = \"idle\" }}\n\
+         [thread.batch]\nsched = {{ policy = \"batch\", nice = 19 }}\n"
+    );
+    let (_machine, running, threads) = waiting(&toml);
+    let both = match () {
+        () if first == last => first.clone(),
+        () if all == format!("{first}-{last}") && all.len() == 3 => both_of(&first, &last),
+        () => format!("{first},{last}"),
+    };
+    let expected = [
+        ("batch", on(&all, libc::SCHED_BATCH, 19)),
+        ("fifteen-letters", on(&all, libc::SCHED_IDLE, 0)),
+        ("heddle", on(&all, libc::SCHED_OTHER, 0)),
+        ("io0", on(&last, libc::SCHED_OTHER, 5)),
+        ("main", on(&first, libc::SCHED_OTHER, 0)),
+        ("vcpu0", on(&all, libc::SCHED_BATCH, 3)),
+        ("vcpu1", on(&last, libc::SCHED_BATCH, 3)),
+        ("vcpu2", on(&both, libc::SCHED_BATCH, 3)),
+    ];
+    let found: Vec<_> =
+        threads.iter().map(|(name, id)| (name.as_str(), seen(running.pid(), *id))).collect();
+    assert_eq!(found, expected);
+    // The report names the same threads, and nothing was refused.
+    let report = stop(running).json();
+    assert_eq!(report["not-granted"], Value::Array(Vec::new()));
+    let told: BTreeMap<_, _> = report["threads"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|thread| (thread["name"].as_str().unwrap(), thread["tid"].as_u64().unwrap()))
+        .collect();
+    let without_the_first = threads.iter().filter(|(name, _)| *name != "heddle");
+    let ids: BTreeMap<_, _> =
+        without_the_first.map(|(name, id)| (name.as_str(), u64::from(*id))).collect();
+    assert_eq!(told, ids);
+}
+
+/// How the kernel writes a set of two CPUs.
+fn both_of(first: &str, last: &str) -> String {
+    let next = first.parse::<u32>().map(|cpu| cpu + 1);
+    if next == last.parse() { format!("{first}-{last}") } else { format!("{first},{last}") }
+}
+
+#[test]
+fn there_are_as_many_threads_as_vcpus_and_declared_loops_and_two_more() {
+    for (vcpus, loops) in [(1, 0), (5, 3), (40, 8)] {
+        let mut toml = format!("[machine]\ncpus = {vcpus}\n[disk.a]\nsize = \"1M\"\n");
+        (0..loops).for_each(|nth| toml += &format!("[thread.io{nth}]\n"));
+        let (_machine, running, threads) = waiting(&toml);
+        assert_eq!(threads.len(), vcpus + loops + 2, "the first one, and main: {threads:?}");
+        stop(running);
+    }
+}
+
+#[test]
+fn threads_that_ask_for_no_cpus_get_those_heddle_was_started_with() {
+    let (first, last, _) = host_cpus();
+    let toml = format!("[thread.main]\ncpus = \"{first}\"\n[thread.io0]\n");
+    let machine = Machine::booting(payload::echo(), "", &toml);
+    let mut taskset = Command::new("taskset");
+    taskset.args(["-c", &last, text(heddle()), "run", text(&machine.path("vm.toml"))]);
+    taskset.stdin(std::process::Stdio::null());
+    let mut running = Running::start(&mut taskset);
+    running.wait_for("ready");
+    for (name, id) in made(running.pid()) {
+        let expected = if name == "main" { &first } else { &last };
+        assert_eq!(seen(running.pid(), id).cpus, *expected, "{name}");
+    }
+    stop(running);
+}
+
+#[test]
+fn a_cpu_the_host_lacks_is_not_granted_and_said_once() {
+    let (_, last, all) = host_cpus();
+    let toml =
+        format!("[thread.io0]\ncpus = \"{last},4095\"\n[thread.io1]\ncpus = \"4090-4095\"\n");
+    let (machine, running, threads) = waiting(&toml);
+    assert_eq!(seen(running.pid(), threads["io0"]).cpus, last, "what there is of it");
+    assert_eq!(seen(running.pid(), threads["io1"]).cpus, all, "nothing of it is there");
+    let outcome = stop(running);
+    let report = outcome.json();
+    let refused = report["not-granted"].as_array().unwrap();
+    assert_eq!(refused.len(), 2, "{refused:?}");
+    for (refused, whose) in refused.iter().zip(["thread.io0", "thread.io1"]) {
+        let refused = refused.as_str().unwrap();
+        assert!(refused.starts_with(whose) && refused.contains("4095"), "{refused}");
+        let said = outcome.stderr.matches(refused).count();
+        assert_eq!(said, 1, "{}", outcome.stderr);
+    }
+    // A policy can make it an error.
+    let strict = machine.run(&["--set", "policy.fallback=error"]);
+    strict.refuses(4, "thread.io0");
+}
+
+/// heddle without the right to real-time policies.
+fn without_rights(machine: &Machine, args: &[&str]) -> Outcome {
+    let mut command = Command::new("prlimit");
+    command.args(["--rtprio=0:0", "--nice=0:0", "--"]);
+    // As root, take the capability away as well.
+    if fs::metadata("/proc/self").map(|it| std::os::unix::fs::MetadataExt::uid(&it)).unwrap() == 0 {
+        command.args(["setpriv", "--bounding-set", "-sys_nice", "--inh-caps", "-sys_nice", "--"]);
+    }
+    command.args([text(heddle()), "run", text(&machine.path("vm.toml"))]).args(args);
+    command.stdin(std::process::Stdio::null());
+    Running::start(&mut command).wait()
+}
+
+#[test]
+fn a_policy_that_is_not_permitted_is_not_granted_and_said_once() {
+    tests::program::need_kvm();
+    let toml = "[thread.io0]\nsched = { policy = \"fifo\", priority = 10 }\n\
+                [thread.io1]\nsched = { nice = -5 }\n";
+    let machine = Machine::booting(payload::cmdline(), "", toml);
+    let outcome = without_rights(&machine, &["--json"]).expect(0);
+    let report = outcome.json();
+    let refused: Vec<_> =
+        report["not-granted"].as_array().unwrap().iter().map(|it| it.as_str().unwrap()).collect();
+    assert_eq!(refused.len(), 2, "{refused:?}");
+    assert!(refused[0].starts_with("thread.io0: wanted fifo 10, got other"), "{refused:?}");
+    assert!(refused[1].starts_with("thread.io1: wanted other, nice -5, got other"), "{refused:?}");
+    for refused in refused {
+        assert!(refused.contains("CAP_SYS_NICE"), "it says what to do: {refused}");
+        assert_eq!(outcome.stderr.matches(refused).count(), 1, "{}", outcome.stderr);
+    }
+    let threads = report["threads"].as_array().unwrap();
+    let io0 = threads.iter().find(|thread| thread["name"] == "io0").unwrap();
+    assert_eq!(io0["sched"], "other");
+    without_rights(&machine, &["--set", "policy.fallback=error"]).refuses(4, "io0");
+    let quiet = without_rights(&machine, &["--set", "policy.fallback=allow"]).expect(0);
+    assert!(!quiet.stderr.contains("not granted"), "{}", quiet.stderr);
+}
