@@ -143,8 +143,7 @@ fn allocations(case: Case, device: impl VirtioDevice, chain: fn(&Mem, u64) -> Ve
             Arc::new(Vectors(msix)),
         );
         let eventfd = EventFd::new(EFD_NONBLOCK).unwrap();
-        let watched = std::fs::File::from(std::os::fd::OwnedFd::from(owned(&eventfd)));
-        let _source = transport.seat(0).unwrap().watch(watched.into());
+        let _source = transport.seat(0).unwrap().watch(owned(&eventfd));
         let features = transport.features() & (case.features | F_VERSION_1 | BLK_FLUSH);
         transport.set_driver_features(features);
         transport.set_status(11);

@@ -47,6 +47,8 @@ const HEADER: u64 = 32;
 const BUFFER: u64 = 1024;
 
 const QUEUE_SIZE: u16 = 64;
+/// What the driver's memory has room for.
+const MOST: u16 = 256;
 const SECTORS: u64 = 512;
 
 /// Offsets in BAR 0.
@@ -80,7 +82,7 @@ impl Dice {
     }
 
     fn below(&mut self, limit: u64) -> u64 {
-        (u128::from(self.roll()) * u128::from(limit) >> 64) as u64
+        ((u128::from(self.roll()) * u128::from(limit)) >> 64) as u64
     }
 
     fn one_in(&mut self, n: u64) -> bool {
@@ -137,6 +139,7 @@ struct Device {
 #[derive(Clone)]
 struct Ring {
     base: u64,
+    size: u16,
     added: u16,
     used: u16,
 }
@@ -357,13 +360,16 @@ impl<'a> Guest<'a> {
     }
 
     fn set_up_queue(&mut self, device: usize, queue: u16) {
+        // With noise, sometimes more than there may be.
+        let sizes = [QUEUE_SIZE, QUEUE_SIZE, QUEUE_SIZE, QUEUE_SIZE / 2, MOST / 2, MOST];
+        let size = if self.orderly { QUEUE_SIZE } else { self.dice.of(&sizes) };
         let ring = &mut self.devices[device].rings[usize::from(queue)];
-        (ring.added, ring.used) = (0, 0);
+        (ring.size, ring.added, ring.used) = (size, 0, 0);
         let ring = ring.clone();
-        self.store(ring.available(), &[0; 4 + 2 * QUEUE_SIZE as usize + 2]);
-        self.store(ring.used(), &[0; 4 + 8 * QUEUE_SIZE as usize + 2]);
+        self.store(ring.available(), &[0; 4 + 2 * MOST as usize + 2]);
+        self.store(ring.used(), &[0; 4 + 8 * MOST as usize + 2]);
         self.set(device, 22, queue.into(), 2);
-        self.set(device, 24, QUEUE_SIZE.into(), 2);
+        self.set(device, 24, size.into(), 2);
         self.set(device, 26, u64::from(queue) + 1, 2);
         for (register, address) in [(32, ring.base), (40, ring.available()), (48, ring.used())] {
             if self.dice.one_in(2) {
@@ -389,10 +395,10 @@ impl<'a> Guest<'a> {
     fn request(&mut self, device: usize, queue: u16, kind: u32, sector: u64) -> Option<u16> {
         let Device { blk, indirect, ref rings, .. } = self.devices[device];
         let ring = rings[usize::from(queue)].clone();
-        if ring.added.wrapping_sub(ring.used) >= QUEUE_SIZE / CHAIN {
+        if ring.added.wrapping_sub(ring.used) >= ring.size / CHAIN {
             return None;
         }
-        let slot = ring.added % (QUEUE_SIZE / CHAIN);
+        let slot = ring.added % (ring.size / CHAIN);
         let (head, header) = (CHAIN * slot, HEADERS + ring.base - RINGS + HEADER * u64::from(slot));
         let data = buffer(&ring, slot);
         let indirect = indirect && self.dice.one_in(2);
@@ -424,7 +430,7 @@ impl<'a> Guest<'a> {
 
     fn offer(&mut self, device: usize, queue: u16, head: u16) {
         let ring = &mut self.devices[device].rings[usize::from(queue)];
-        let at = ring.available() + 4 + 2 * u64::from(ring.added % QUEUE_SIZE);
+        let at = ring.available() + 4 + 2 * u64::from(ring.added % ring.size);
         ring.added = ring.added.wrapping_add(1);
         let (index, added) = (ring.available() + 2, ring.added);
         self.store(at, &head.to_le_bytes());
@@ -438,7 +444,7 @@ impl<'a> Guest<'a> {
         let ring = rings[usize::from(queue)].clone();
         std::sync::atomic::fence(SeqCst);
         let wanted = if event_idx {
-            let event = self.load_u16(ring.used() + 4 + 8 * u64::from(QUEUE_SIZE));
+            let event = self.load_u16(ring.used() + 4 + 8 * u64::from(ring.size));
             ring.added.wrapping_sub(event) == 1
         } else {
             self.load_u16(ring.used()) & 1 == 0
@@ -453,7 +459,7 @@ impl<'a> Guest<'a> {
         for _ in 0..if self.orderly { u64::MAX } else { 30 } {
             let ring = &self.devices[device].rings[usize::from(queue)];
             let (index, added) = (ring.used() + 2, ring.added);
-            let event = ring.available() + 4 + 2 * u64::from(QUEUE_SIZE);
+            let event = ring.available() + 4 + 2 * u64::from(ring.size);
             let used = self.load_u16(index);
             self.devices[device].rings[usize::from(queue)].used = used;
             if used == added {
@@ -743,9 +749,9 @@ impl<'a> Guest<'a> {
     }
 }
 
-/// Every ring has buffers of its own, 1 KiB for each of its slots.
+/// Every ring has buffers of its own, 1 KiB for each slot it should have.
 fn buffer(ring: &Ring, slot: u16) -> u64 {
-    DATA + (ring.base - RINGS) + BUFFER * u64::from(slot)
+    DATA + (ring.base - RINGS) + BUFFER * u64::from(slot % (QUEUE_SIZE / CHAIN))
 }
 
 /// One machine: noise for a while, then an orderly driver.
@@ -779,7 +785,7 @@ fn machine(seen: &Seen, seed: u64, on_vcpu: bool, engine: Engine, polls: bool, r
         rings: bases
             .by_ref()
             .take(queues.into())
-            .map(|base| Ring { base, added: 0, used: 0 })
+            .map(|base| Ring { base, size: QUEUE_SIZE, added: 0, used: 0 })
             .collect(),
         event_idx: false,
         indirect: false,
@@ -862,8 +868,8 @@ fn survive(on_vcpu: bool, engine: Engine) {
     );
     assert!(steps >= STEPS * RUNS.len() as u64);
     assert!(running > 1000, "seen running {running} times");
-    assert!(broken > 1000, "seen in need of a reset {broken} times");
-    assert!(completions > 1000, "{completions} completions");
+    assert!(broken > 500, "seen in need of a reset {broken} times");
+    assert!(completions > 10_000, "{completions} completions");
 }
 
 #[test]
