@@ -41,8 +41,15 @@ impl<'a> Cx<'a> {
     /// be run again on the home loop. `None` also where the kernel refuses to make one.
     pub fn ring(&mut self) -> Option<&mut Ring> {
         if self.local.ring.is_none() && self.local.ring_allowed {
-            self.local.ring = Ring::new(&self.local.counters).ok();
-            self.local.ring_allowed = self.local.ring.is_some();
+            match Ring::new(&self.local.counters) {
+                Ok(ring) => self.local.ring = Some(ring),
+                Err(error) => {
+                    self.local.ring_allowed = false;
+                    let thread = std::thread::current();
+                    let name = thread.name().unwrap_or("?");
+                    eprintln!("heddle: thread {name}: no io_uring, I/O blocks it: {error}");
+                }
+            }
         }
         self.local.ring.as_mut()
     }

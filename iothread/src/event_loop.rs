@@ -26,6 +26,7 @@ pub use crate::readiness::Trigger;
 
 const AWAKE: u8 = 0;
 const ASLEEP: u8 = 1;
+const ENDED: u8 = 2;
 
 /// Peeks between two looks at the file descriptors while polling.
 const SPINS_PER_LOOK: u32 = 64;
@@ -100,9 +101,14 @@ impl LoopHandle {
     /// loop sees what this thread did before.
     fn wake(&self) {
         fence(SeqCst);
-        if self.0.state.load(Relaxed) == ASLEEP && self.0.state.swap(AWAKE, AcqRel) == ASLEEP {
-            // An eventfd refuses only when 2^64 - 2 wake-ups are pending: it is readable then.
-            let _ = self.0.wake.write(1);
+        let state = &self.0.state;
+        match state.load(Relaxed) {
+            ASLEEP if state.compare_exchange(ASLEEP, AWAKE, AcqRel, Relaxed).is_ok() => {
+                // An eventfd refuses only when 2^64 - 2 wake-ups are pending: it is readable then.
+                let _ = self.0.wake.write(1);
+            }
+            ENDED => drop(self.0.inbox.take()),
+            _ => {}
         }
     }
 
@@ -280,8 +286,6 @@ impl EventLoop {
         while !self.handle.0.stop.load(Acquire) {
             self.turn();
         }
-        // What is still queued may hold handles of this very loop: let go of it.
-        drop(self.handle.0.inbox.take());
     }
 
     /// One turn.
@@ -444,6 +448,16 @@ impl EventLoop {
                 .expect("an io_uring can be added to an epoll that has room for it");
             self.ring_watched = true;
         }
+    }
+}
+
+impl Drop for EventLoop {
+    /// What is still queued may hold handles of this very loop, and answers that will never come
+    /// now: lets go of it. Who posts from here on lets go of it himself.
+    fn drop(&mut self) {
+        self.handle.0.state.store(ENDED, Relaxed);
+        fence(SeqCst); // pairs with the one in `LoopHandle::wake`
+        drop(self.handle.0.inbox.take());
     }
 }
 

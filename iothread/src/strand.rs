@@ -69,7 +69,7 @@ impl<T: Send + 'static> Core<T> {
             // SAFETY: the exchange made this thread the holder.
             let held = unsafe { &mut *self.held.get() };
             if !self.run(held, letter, cx) {
-                return;
+                return self.hand_over(cx);
             }
         } else {
             self.inbox.push(letter);
@@ -89,7 +89,7 @@ impl<T: Send + 'static> Core<T> {
         loop {
             while let Some(letter) = held.backlog.next() {
                 if !self.run(held, &letter, cx) {
-                    return;
+                    return self.hand_over(cx);
                 }
                 budget = budget.saturating_sub(1);
                 if budget == 0 && self.has_mail(held) {
@@ -109,7 +109,8 @@ impl<T: Send + 'static> Core<T> {
         !held.backlog.is_empty() || self.hold.load(Relaxed) & MAIL != 0
     }
 
-    /// Runs one callback; false: the strand, still held, is on its way to the home loop.
+    /// Runs one callback; false: the strand, still held, has to go to the home loop. That is the
+    /// caller's to do: `held` must not be borrowed any more when another thread may be in it.
     fn run(&self, held: &mut Held<T>, letter: &Arc<Node<Letter<T>>>, cx: &mut Cx<'_>) -> bool {
         match (letter.value.callback)(&mut held.object, cx) {
             Progress::Idle => {}
@@ -121,7 +122,6 @@ impl<T: Send + 'static> Core<T> {
             Progress::Home => {
                 self.inbox.push(letter);
                 self.hold.fetch_or(MAIL, Relaxed);
-                self.hand_over(cx);
                 return false;
             }
         }

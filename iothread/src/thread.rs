@@ -110,13 +110,18 @@ impl Thread {
     }
 }
 
+/// Bytes of a thread's stack. With less than a huge page the kernel never backs it by one, which
+/// would cost 2 MiB at the first touch.
+const STACK: usize = 512 << 10;
+
 /// Starts a thread, which takes on what `spec` says before it runs `body`.
 ///
 /// Refused wishes are not errors here: they are in [`Granted::refused`].
 pub fn spawn(spec: ThreadSpec, body: impl FnOnce() + Send + 'static) -> io::Result<Thread> {
     available_cpus(); // before any thread can have narrowed them
     let (sender, receiver) = sync_channel(1);
-    let handle = std::thread::Builder::new().name(spec.name.clone()).spawn(move || {
+    let builder = std::thread::Builder::new().name(spec.name.clone()).stack_size(STACK);
+    let handle = builder.spawn(move || {
         let granted = take_on(spec);
         if sender.send(granted).is_ok() {
             body();

@@ -110,6 +110,9 @@ pub struct Check {
     #[command(flatten)]
     pub machine: MachineFile,
     /// Also check what the file needs of this host: files, KVM, CPUs, huge pages, limits
+    ///
+    /// What the file asks for and this host lacks is an error here, also where policy.fallback
+    /// lets a run go on without it.
     #[arg(long)]
     pub host: bool,
     /// For programs

@@ -148,7 +148,9 @@ impl Doubts {
     }
 
     fn say(&self) {
-        for doubt in &self.0 {
+        // CPUs and priorities that cannot be had are said later, with what there is instead.
+        let said_later = ["W07", "W08", "W09"];
+        for doubt in self.0.iter().filter(|doubt| !said_later.contains(&doubt.code)) {
             eprintln!("heddle: warning[{}]: {}", doubt.code, doubt.message);
         }
     }

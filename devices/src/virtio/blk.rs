@@ -36,8 +36,9 @@ const ID: usize = 20;
 /// Data segments in a request. The chain has two more, for the header and the status.
 const SEG_MAX: usize = 126;
 
-/// Requests started in one go before other work of the thread gets its turn.
+/// Requests, and bytes, started in one go before other work of the thread gets its turn.
 const BUDGET: u32 = 256;
+const BYTES_BUDGET: u64 = 16 << 20;
 
 /// The shared half: one disk.
 pub struct Blk {
@@ -141,6 +142,8 @@ struct BlkQueue {
     /// Slots that wait for a ring.
     backlog: VecDeque<u16>,
     in_flight: usize,
+    /// Bytes asked for since the thread came here.
+    asked: u64,
     geometry: Geometry,
     id: [u8; ID],
     write_through: bool,
@@ -172,6 +175,7 @@ impl BlkQueue {
             port,
             backlog: VecDeque::with_capacity(slots),
             in_flight: 0,
+            asked: 0,
             geometry: blk.geometry,
             id: blk.id,
             write_through: features & F_FLUSH == 0,
@@ -181,6 +185,7 @@ impl BlkQueue {
     /// Takes requests until the ring is empty and re-armed.
     fn look(&mut self, cx: &mut Cx<'_>) -> Progress {
         let mut budget = BUDGET;
+        self.asked = 0;
         let progress = loop {
             let Some(queue) = self.queues.first_mut() else { return Progress::Idle };
             queue.begin();
@@ -188,7 +193,7 @@ impl BlkQueue {
                 break wait;
             }
             while budget > 0 && self.take_one(cx) {
-                budget -= 1;
+                budget = if self.asked < BYTES_BUDGET { budget - 1 } else { 0 };
             }
             if !self.backlog.is_empty() {
                 continue;
@@ -261,6 +266,7 @@ impl BlkQueue {
         if self.segments.len() > SEG_MAX {
             return failed;
         }
+        self.asked += bytes;
         if bytes == 0 {
             return Parsed::Answer { status: S_OK, written: 0 };
         }

@@ -170,13 +170,14 @@ impl VirtQueue {
         let Some(chain) = available.next() else { return Ok(None) };
         let head = chain.head_index();
         let mut last: Option<Descriptor> = None;
-        for descriptor in chain {
+        for (nth, descriptor) in chain.enumerate() {
             last = Some(descriptor);
+            // Empty ones count: an indirect table of them could be 65535 long.
+            if nth == segments.capacity() {
+                return Err("a chain is longer than the device said it takes".into());
+            }
             if descriptor.len() == 0 {
                 continue;
-            }
-            if segments.len() == segments.capacity() {
-                return Err("a chain is longer than the device said it takes".into());
             }
             segments.push(Segment {
                 address: descriptor.addr(),

@@ -50,18 +50,12 @@ impl AtRest {
     }
 }
 
-#[derive(PartialEq, Eq, Clone, Copy)]
-enum Wish {
-    Run,
-    /// Take no new work.
-    Rest,
-    /// Take no new work, and leave when nothing is in flight.
-    Leave,
-}
-
 struct Body {
     handler: Option<Box<dyn QueueHandler>>,
-    wish: Wish,
+    /// Take no new work.
+    rest: bool,
+    /// Take no new work, and leave when nothing is in flight.
+    leave: bool,
     /// Who wants to know when nothing is in flight.
     waiting: Vec<Answer<()>>,
     /// The kick that is running again on the home loop has been counted.
@@ -87,33 +81,41 @@ impl Body {
     ) -> Progress {
         let Some(handler) = self.handler.as_deref_mut() else { return Progress::Idle };
         let progress = f(handler, cx);
-        self.settle_wish();
+        self.settle();
         progress
     }
 
-    /// Polling ended in vain: ask the driver to kick again.
-    fn rearm(&mut self, cx: &mut Cx<'_>) -> Progress {
-        self.work(cx, |handler, cx| {
-            let found = handler.queues().iter_mut().fold(false, |found, q| q.rearm() | found);
-            if found { handler.kick(cx) } else { Progress::Idle }
-        })
+    /// Polling ended in vain: ask the driver to kick again. True: it should have, already.
+    fn rearm(&mut self) -> bool {
+        let Some(handler) = self.handler.as_deref_mut() else { return false };
+        handler.queues().iter_mut().fold(false, |found, queue| queue.rearm() | found)
     }
 
-    fn set_wish(&mut self, wish: Wish, waiting: Option<Answer<()>>) {
-        self.waiting.extend(waiting);
-        if self.wish != Wish::Leave {
-            self.wish = wish;
-        }
-        let wish = self.wish;
+    fn is_held(&self) -> bool {
+        self.rest || self.leave
+    }
+
+    fn set_rest(&mut self, rest: bool) {
+        self.rest = rest;
+        self.hold();
+    }
+
+    fn set_leave(&mut self) {
+        self.leave = true;
+        self.hold();
+    }
+
+    fn hold(&mut self) {
+        let held = self.is_held();
         if let Some(handler) = self.handler.as_deref_mut() {
-            handler.queues().iter_mut().for_each(|queue| queue.hold(wish != Wish::Run));
+            handler.queues().iter_mut().for_each(|queue| queue.hold(held));
         }
-        self.settle_wish();
+        self.settle();
     }
 
     /// If nothing is in flight any more: tells those who wait for it.
-    fn settle_wish(&mut self) {
-        if self.wish == Wish::Run {
+    fn settle(&mut self) {
+        if !self.is_held() {
             return;
         }
         if let Some(handler) = self.handler.as_deref_mut() {
@@ -125,9 +127,8 @@ impl Body {
                     .publish(usize::from(queue.index() - self.first_queue), queue.indices());
             }
         }
-        if self.wish == Wish::Leave {
+        if std::mem::take(&mut self.leave) {
             self.handler = None;
-            self.wish = Wish::Run;
         }
         self.waiting.drain(..).for_each(|answer| answer.give(()));
     }
@@ -161,7 +162,8 @@ impl Seat {
         let at_rest = Arc::new(AtRest((0..queues).map(|_| AtomicU64::new(0)).collect()));
         let body = Body {
             handler: None,
-            wish: Wish::Run,
+            rest: false,
+            leave: false,
             waiting: Vec::new(),
             counted: false,
             at_rest: Arc::clone(&at_rest),
@@ -169,7 +171,14 @@ impl Seat {
         };
         let strand = Strand::new(placement.home(), body);
         let kick = strand.event(Body::kick);
-        let rearm = strand.event(Body::rearm);
+        let found = kick.clone();
+        let rearm = strand.event(move |body: &mut Body, _| {
+            // Not right here: what a kick leaves to do is done by running the kick again.
+            if body.rearm() {
+                found.schedule();
+            }
+            Progress::Idle
+        });
         let completed =
             strand.event(|body: &mut Body, cx| body.work(cx, |handler, cx| handler.completed(cx)));
         let port = Port::new(slots, &completed);
@@ -202,7 +211,7 @@ impl Seat {
         drop(self.strand.call(move |body, cx| {
             let mut handler = make(port);
             for queue in handler.queues() {
-                queue.hold(body.wish != Wish::Run);
+                queue.hold(body.is_held());
                 if polled && cx.polls() {
                     queue.set_poller(kick.on_poll(queue.peeker(), &rearm));
                 }
@@ -214,26 +223,29 @@ impl Seat {
 
     /// Takes no new work; answers when nothing is in flight.
     pub fn pause(&self) -> Reply<()> {
-        self.wish(Wish::Rest)
+        self.ask(|body| body.set_rest(true))
     }
 
     /// Takes work again, beginning with what has arrived.
     pub fn resume(&self) {
         let kick = self.kick.clone();
         drop(self.strand.call(move |body, _| {
-            body.set_wish(Wish::Run, None);
+            body.set_rest(false);
             kick.schedule(); // not before: one that is queued already comes too early
         }));
     }
 
     /// Takes no new work; the handler leaves when nothing is in flight, then this answers.
     pub fn stop(&self) -> Reply<()> {
-        self.wish(Wish::Leave)
+        self.ask(Body::set_leave)
     }
 
-    fn wish(&self, wish: Wish) -> Reply<()> {
+    fn ask(&self, wish: impl FnOnce(&mut Body) + Send + 'static) -> Reply<()> {
         let (answer, reply) = Reply::pair();
-        drop(self.strand.call(move |body, _| body.set_wish(wish, Some(answer))));
+        drop(self.strand.call(move |body, _| {
+            body.waiting.push(answer);
+            wish(body);
+        }));
         reply
     }
 

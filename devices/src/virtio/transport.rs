@@ -272,14 +272,16 @@ impl Transport {
 
     /// What the device and its rings remember.
     pub fn save(&self, _: &Paused<'_>) -> Saved {
-        let registers = self.registers();
+        let mut registers = self.registers();
+        self.finish_reset(&mut registers);
+        let needs_reset = if self.needs_reset() { status::NEEDS_RESET } else { 0 };
         let running = registers.status & status::DRIVER_OK != 0;
         let queues = registers.queues.iter().enumerate().map(|(index, queue)| {
             let rest = if running { self.at_rest(index) } else { RingIndices::default() };
             (*queue, rest)
         });
         Saved {
-            status: registers.status,
+            status: registers.status | needs_reset,
             driver_features: registers.driver_features,
             queues: queues.collect(),
         }
@@ -306,7 +308,8 @@ impl Transport {
         if saved.status & status::FEATURES_OK != 0 && !self.agrees(saved.driver_features) {
             return refuse("the driver uses features that are not offered here");
         }
-        registers.status = saved.status;
+        registers.status = saved.status & !status::NEEDS_RESET;
+        self.events.needs_reset.store(saved.status & status::NEEDS_RESET != 0, Release);
         registers.driver_features = saved.driver_features;
         registers.queues = saved.queues.iter().map(|(queue, _)| *queue).collect();
         if registers.status & status::DRIVER_OK != 0 {
