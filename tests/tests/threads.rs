@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::process::Command;
+use std::os::unix::fs::MetadataExt;
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 use tests::machine::{Machine, Outcome, Running, text, threads};
@@ -47,18 +48,26 @@ fn host_cpus() -> (String, String, String) {
     (first, last, all)
 }
 
+/// How the kernel writes the set of two CPUs, which may be one.
+fn both_of(first: &str, last: &str) -> String {
+    match [first, last].map(|cpu| cpu.parse::<u32>().unwrap()) {
+        [first, last] if first == last => format!("{first}"),
+        [first, last] if first + 1 == last => format!("{first}-{last}"),
+        [first, last] => format!("{first},{last}"),
+    }
+}
+
 /// The threads heddle made, by name; those that the kernel adds are left out.
-fn made(pid: u32) -> BTreeMap<String, u32> {
+fn made(pid: u32) -> Vec<(String, u32)> {
     let kernels = |name: &str| name.starts_with("iou-") || name.starts_with("kvm-");
-    threads(pid)
-        .into_iter()
-        .map(|(id, name)| (name, id))
-        .filter(|(name, _)| !kernels(name))
-        .collect()
+    let named = threads(pid).into_iter().map(|(id, name)| (name, id));
+    let mut made: Vec<_> = named.filter(|(name, _)| !kernels(name)).collect();
+    made.sort();
+    made
 }
 
 /// A machine that waits for input, and its threads.
-fn waiting(toml: &str) -> (Machine, Running, BTreeMap<String, u32>) {
+fn waiting(toml: &str) -> (Machine, Running, Vec<(String, u32)>) {
     let machine = Machine::booting(payload::echo(), "", toml);
     let mut running = machine.start(&["--json"]);
     running.wait_for("ready");
@@ -85,11 +94,7 @@ fn threads_have_the_name_cpus_policy_and_nice_of_the_file() {
          [thread.batch]\nsched = {{ policy = \"batch\", nice = 19 }}\n"
     );
     let (_machine, running, threads) = waiting(&toml);
-    let both = match () {
-        () if first == last => first.clone(),
-        () if all == format!("{first}-{last}") && all.len() == 3 => both_of(&first, &last),
-        () => format!("{first},{last}"),
-    };
+    let both = both_of(&first, &last);
     let expected = [
         ("batch", on(&all, libc::SCHED_BATCH, 19)),
         ("fifteen-letters", on(&all, libc::SCHED_IDLE, 0)),
@@ -118,12 +123,6 @@ fn threads_have_the_name_cpus_policy_and_nice_of_the_file() {
     assert_eq!(told, ids);
 }
 
-/// How the kernel writes a set of two CPUs.
-fn both_of(first: &str, last: &str) -> String {
-    let next = first.parse::<u32>().map(|cpu| cpu + 1);
-    if next == last.parse() { format!("{first}-{last}") } else { format!("{first},{last}") }
-}
-
 #[test]
 fn there_are_as_many_threads_as_vcpus_and_declared_loops_and_two_more() {
     for (vcpus, loops) in [(1, 0), (5, 3), (40, 8)] {
@@ -142,7 +141,7 @@ fn threads_that_ask_for_no_cpus_get_those_heddle_was_started_with() {
     let machine = Machine::booting(payload::echo(), "", &toml);
     let mut taskset = Command::new("taskset");
     taskset.args(["-c", &last, text(heddle()), "run", text(&machine.path("vm.toml"))]);
-    taskset.stdin(std::process::Stdio::null());
+    taskset.stdin(Stdio::null());
     let mut running = Running::start(&mut taskset);
     running.wait_for("ready");
     for (name, id) in made(running.pid()) {
@@ -158,8 +157,12 @@ fn a_cpu_the_host_lacks_is_not_granted_and_said_once() {
     let toml =
         format!("[thread.io0]\ncpus = \"{last},4095\"\n[thread.io1]\ncpus = \"4090-4095\"\n");
     let (machine, running, threads) = waiting(&toml);
-    assert_eq!(seen(running.pid(), threads["io0"]).cpus, last, "what there is of it");
-    assert_eq!(seen(running.pid(), threads["io1"]).cpus, all, "nothing of it is there");
+    let cpus = |name: &str| {
+        let (_, id) = threads.iter().find(|(found, _)| found == name).unwrap();
+        seen(running.pid(), *id).cpus
+    };
+    assert_eq!(cpus("io0"), last, "what there is of it");
+    assert_eq!(cpus("io1"), all, "nothing of it is there");
     let outcome = stop(running);
     let report = outcome.json();
     let refused = report["not-granted"].as_array().unwrap();
@@ -180,11 +183,11 @@ fn without_rights(machine: &Machine, args: &[&str]) -> Outcome {
     let mut command = Command::new("prlimit");
     command.args(["--rtprio=0:0", "--nice=0:0", "--"]);
     // As root, take the capability away as well.
-    if fs::metadata("/proc/self").map(|it| std::os::unix::fs::MetadataExt::uid(&it)).unwrap() == 0 {
+    if fs::metadata("/proc/self").unwrap().uid() == 0 {
         command.args(["setpriv", "--bounding-set", "-sys_nice", "--inh-caps", "-sys_nice", "--"]);
     }
     command.args([text(heddle()), "run", text(&machine.path("vm.toml"))]).args(args);
-    command.stdin(std::process::Stdio::null());
+    command.stdin(Stdio::null());
     Running::start(&mut command).wait()
 }
 

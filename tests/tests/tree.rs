@@ -97,6 +97,18 @@ fn the_walk_of_a_request_names_files_and_functions_that_exist() {
 }
 
 #[test]
+fn no_file_of_the_walk_has_a_lock_to_wait_for() {
+    let document = fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
+    let (steps, _) = walk(&document).expect("a walk");
+    for Step { file, .. } in steps {
+        let source = fs::read_to_string(root().join(&file)).unwrap();
+        for lock in ["Mutex", "RwLock", "Condvar", "recv()", "sleep("] {
+            assert!(!source.contains(lock), "{file} has {lock}");
+        }
+    }
+}
+
+#[test]
 fn every_path_that_the_documents_name_exists() {
     for document in ["ARCHITECTURE.md", "README.md", "docs/decisions.md"] {
         let text = fs::read_to_string(root().join(document)).unwrap();
