@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand};
 /// Exit codes, as `--help` shows them.
 const EXIT_CODES: &str = "\
 Exit codes:
-  0        the guest powered off, or wrote 0 to the debug-exit port
+  0        the guest powered off, or wrote 0 to the debug-exit port, or Ctrl-A X
   1        internal error, or the built-in guest failed
   2        usage
   3        the configuration is invalid
@@ -35,8 +35,8 @@ pub enum Command {
     /// Run a machine until it ends
     ///
     /// The console is on the terminal: Ctrl-A X ends the machine, Ctrl-A Ctrl-A sends a Ctrl-A.
-    /// A file without [boot] runs the built-in guest, which drives every device and checks every
-    /// byte.
+    /// A file without a kernel runs the built-in guest, which drives every device and checks every
+    /// byte. It overwrites its disks; an image that has something on it is refused.
     #[command(after_help = EXIT_CODES)]
     Run(Run),
     /// Say all that is wrong with a file; no side effects

@@ -133,6 +133,9 @@ impl Transcript {
     }
 }
 
+/// What may wait for a guest that does not read, when a person types.
+const TYPED_AHEAD: usize = 4096;
+
 /// Standard input on its way to a serial port.
 struct Input {
     open: bool,
@@ -155,7 +158,9 @@ impl Input {
             match (std::mem::take(&mut self.escaped), byte) {
                 (true, b'x' | b'X') if interactive => return true,
                 (false, ESCAPE) if interactive => self.escaped = true,
-                _ => self.pending.push_back(byte),
+                // A guest that reads nothing must not keep the escape from being seen.
+                _ if self.pending.len() < TYPED_AHEAD => self.pending.push_back(byte),
+                _ => {}
             }
         }
         false
@@ -213,12 +218,12 @@ impl Supervisor {
 
     fn turn(&mut self, ending: &Ending, timeout: Option<Duration>) -> Option<End> {
         self.lines.iter_mut().for_each(Line::collect);
-        let room = self.input.pending.is_empty();
+        let reads = self.input.open && (self.interactive || self.input.pending.is_empty());
         let pollfd = |fd: RawFd, events| libc::pollfd { fd, events, revents: 0 };
         let mut fds = vec![
             pollfd(ending.as_raw_fd(), libc::POLLIN),
             pollfd(self.signals.as_raw_fd(), libc::POLLIN),
-            pollfd(if self.input.open && room { 0 } else { -1 }, libc::POLLIN),
+            pollfd(if reads { 0 } else { -1 }, libc::POLLIN),
         ];
         let outputs = self.lines.iter().map(|line| line.blocked_on().unwrap_or(-1));
         fds.extend(outputs.map(|fd| pollfd(fd, libc::POLLOUT)));

@@ -38,6 +38,7 @@ use crate::irq::{KvmIrq, KvmLine};
 use crate::memory::{self, BARS, ECAM, KVM_PAGES};
 use crate::timing::Timing;
 use crate::vcpu::{self, Vcpu};
+use crate::verdict;
 
 /// The guest that runs when the file names no kernel.
 pub const BUILT_IN_GUEST: &[u8] = include_bytes!(env!("HEDDLE_GUEST"));
@@ -419,6 +420,9 @@ impl Parts {
             let image = open_image(disk, options)
                 .map_err(|(path, error)| HostError::new(format!("{whose}: {path}"), error))?;
             let handle = image.try_clone_file().map_err(|e| HostError::new(&whose, e))?;
+            if plan.boot.kernel.is_none() && !disk.read_only {
+                spare_what_is_somebodys(&whose, &handle)?;
+            }
             self.images.push((disk.name.clone(), handle));
             let queues = disk.queues.len() as u16;
             let blk =
@@ -487,6 +491,19 @@ impl Parts {
             starts.push(start);
         }
         Ok((starts, vcpus))
+    }
+}
+
+/// Refuses to give the built-in guest an image with something on it.
+fn spare_what_is_somebodys(whose: &str, image: &File) -> Result<(), HostError> {
+    match verdict::may_overwrite(image) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(HostError::new(
+            whose,
+            "the built-in guest would overwrite this image, and there is something on it: name a \
+             kernel in [boot], set read-only, or leave `path` out for a scratch disk",
+        )),
+        Err(error) => Err(HostError::new(whose, error)),
     }
 }
 

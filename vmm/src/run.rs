@@ -17,6 +17,7 @@ use crate::terminal::{RawTerminal, Signals};
 use crate::timing::{Timing, TimingReport};
 use crate::verdict;
 
+const INTERNAL: u8 = 1;
 const INVALID: u8 = 3;
 const HOST: u8 = 4;
 
@@ -34,6 +35,19 @@ pub fn terminal_columns(tty: &File) -> Option<usize> {
     (result == 0 && size.ws_col > 0).then_some(usize::from(size.ws_col))
 }
 
+/// Prints one line on standard output. A reader that went away is no error of ours; false: it could
+/// not be written for another reason, which is said.
+pub fn print_json(value: &Value) -> bool {
+    let mut out = std::io::stdout().lock();
+    match writeln!(out, "{value}").and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            eprintln!("heddle: standard output: {error}");
+            false
+        }
+        _ => true,
+    }
+}
+
 /// Carries out `heddle run` and gives the exit code.
 pub fn run(options: &Run) -> u8 {
     let mut timing = Timing::default();
@@ -41,7 +55,7 @@ pub fn run(options: &Run) -> u8 {
         Ok(loaded) => loaded,
         Err(diagnostics) => {
             if options.json {
-                println!("{:#}", diagnostics.to_json());
+                print_json(&diagnostics.to_json());
             } else {
                 eprint!("{}", diagnostics.render(colors()));
             }
@@ -58,9 +72,8 @@ pub fn run(options: &Run) -> u8 {
         Err(error) => {
             eprintln!("heddle: {error}");
             if options.json {
-                println!(
-                    "{}",
-                    json!({ "exit": HOST, "reason": "host", "message": error.to_string() })
+                print_json(
+                    &json!({ "exit": HOST, "reason": "host", "message": error.to_string() }),
                 );
             }
             HOST
@@ -117,7 +130,9 @@ fn run_plan(options: &Run, loaded: &Loaded, mut timing: Timing) -> Result<u8, Ho
     }
     let report = Report { end: &end, threads: &threads, fallbacks: &fallbacks, timing: &timing };
     if options.json {
-        println!("{}", report.to_json(loaded, guest.as_ref()));
+        if !print_json(&report.to_json(loaded, guest.as_ref())) {
+            return Ok(INTERNAL);
+        }
     } else {
         report.say(options, plan);
     }

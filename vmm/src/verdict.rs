@@ -37,6 +37,17 @@ pub fn judge(end: End, report: Option<&Value>, images: &[(String, File)]) -> End
     }
 }
 
+/// May the built-in guest have this image, which it overwrites? It may if the first MiB is empty or
+/// holds what an earlier run of the guest has left there; an image with a partition table, a file
+/// system or a format of its own is somebody's.
+pub fn may_overwrite(image: &File) -> io::Result<bool> {
+    let mut bytes = vec![0; CHUNK as usize * SECTOR];
+    let length = image.read_at(&mut bytes, 0)?;
+    let (sectors, rest) = bytes[..length].as_chunks::<SECTOR>();
+    let free = |sector: &[u8; SECTOR]| *sector == [0; SECTOR] || Stamp::read(sector).is_some();
+    Ok(sectors.iter().all(free) && rest.iter().all(|byte| *byte == 0))
+}
+
 fn check_disks(report: &Value, images: &[(String, File)]) -> Result<(), String> {
     let disks = report["disks"].as_array().map_or(&[][..], Vec::as_slice);
     if disks.len() != images.len() {
@@ -138,6 +149,15 @@ mod tests {
         );
         assert!(matches!(judged(&report(4, 10), image()), End::Verdict(_)));
         assert!(matches!(judged(&report(3, 11), image()), End::Verdict(_)));
+    }
+
+    #[test]
+    fn an_image_that_is_empty_or_the_guests_own_may_be_overwritten_and_no_other() {
+        assert!(may_overwrite(&tempfile::tempfile().unwrap()).unwrap());
+        assert!(may_overwrite(&image()).unwrap());
+        let somebodys = image();
+        somebodys.write_all_at(b"EFI PART", 20 * 512).unwrap();
+        assert!(!may_overwrite(&somebodys).unwrap());
     }
 
     #[test]
