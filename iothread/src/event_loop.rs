@@ -302,7 +302,8 @@ impl EventLoop {
     fn park(&mut self) {
         let began = Instant::now();
         self.account(began, |counters| &counters.busy_ns);
-        if self.has_work() || self.timers.due(began) {
+        // Watched objects first and always: they have asked nobody to wake this loop.
+        if self.peek() || self.timers.due(began) {
             self.readiness.look();
             return;
         }
@@ -328,7 +329,11 @@ impl EventLoop {
             return false;
         }
         let found = loop {
-            if (0..SPINS_PER_LOOK).any(|_| self.peek()) {
+            let spin = |_| {
+                std::hint::spin_loop();
+                self.peek()
+            };
+            if (0..SPINS_PER_LOOK).any(spin) {
                 self.readiness.look();
                 break true;
             }
@@ -352,7 +357,6 @@ impl EventLoop {
 
     /// Looks at all that lies in memory.
     fn peek(&self) -> bool {
-        std::hint::spin_loop();
         let mut found = self.has_work();
         for entry in &self.pollers {
             if entry.watching.load(Acquire) && (entry.ready)() {

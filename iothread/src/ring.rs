@@ -25,6 +25,12 @@ const ENTRIES: u32 = 256;
 /// Where the kernel's user_data keeps the slot: user-space addresses have at most 47 bits here.
 const SLOT_SHIFT: u32 = 48;
 
+/// So many enters in a row that bring nothing prove IORING_SQ_TASKRUN stale. The kernel sets it
+/// after it has queued the work: if this thread runs the work in between, the flag stays up with
+/// nothing behind it until the next completion. One is not enough: an enter runs 20 pieces of
+/// work, and those that only retry an operation bring nothing.
+const VAIN_ENTERS: u32 = 16;
+
 /// The results of operations in flight of one queue, by slot.
 pub struct Port {
     done: Box<[AtomicU64]>,
@@ -152,6 +158,8 @@ pub struct Ring {
     counters: Arc<Counters>,
     /// Ports with new results, each once.
     fired: Vec<Arc<Port>>,
+    /// Enters in a row that brought nothing although the kernel still announces something.
+    vain: u32,
 }
 
 impl std::fmt::Debug for Ring {
@@ -172,7 +180,13 @@ impl Ring {
             .or_else(|_| IoUring::new(ENTRIES))?;
         let news = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         io.submitter().register_eventfd(news.as_raw_fd())?;
-        Ok(Self { io, news, counters: Arc::clone(counters), fired: Vec::with_capacity(64) })
+        Ok(Self {
+            io,
+            news,
+            counters: Arc::clone(counters),
+            fired: Vec::with_capacity(64),
+            vain: 0,
+        })
     }
 
     /// Can this kernel make a ring for this process?
@@ -211,12 +225,17 @@ impl Ring {
     }
 
     /// Is there anything to reap, or left to submit? Only looks at memory.
+    ///
+    /// A stale announcement does not count. What comes after it is not seen here but by `news`,
+    /// which the kernel writes for every first piece of work.
     pub(crate) fn has_work(&self) -> bool {
         // SAFETY: the queues are only used through `&mut self` on this thread, and this borrow of
         // the shared views ends before any of that can happen.
         let (submission, completion) =
             unsafe { (self.io.submission_shared(), self.io.completion_shared()) };
-        !completion.is_empty() || submission.taskrun() || !submission.is_empty()
+        !completion.is_empty()
+            || !submission.is_empty()
+            || submission.taskrun() && self.vain < VAIN_ENTERS
     }
 
     /// Tells the kernel about what was queued, and lets it finish what is done.
@@ -235,6 +254,8 @@ impl Ring {
         let _ = unsafe {
             self.io.submitter().enter::<libc::sigset_t>(queued as u32, 0, GETEVENTS, None)
         };
+        let in_vain = self.io.completion().is_empty() && self.io.submission().taskrun();
+        self.vain = if in_vain { self.vain.saturating_add(1) } else { 0 };
     }
 
     /// Moves the results of completed operations to their ports.
@@ -273,5 +294,30 @@ impl Ring {
 impl AsRawFd for Ring {
     fn as_raw_fd(&self) -> RawFd {
         self.news.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+impl Ring {
+    /// Raises IORING_SQ_TASKRUN with nothing behind it, as the kernel does when it loses the race
+    /// told at [`VAIN_ENTERS`].
+    pub(crate) fn announce_nothing(&self) {
+        use std::sync::atomic::AtomicU32;
+        const TASKRUN: u32 = 1 << 2;
+        const SQ_OFF_FLAGS: usize = 14; // in `struct io_uring_params`, as 32-bit words
+        let mut params = [0u32; 30];
+        // SAFETY: the kernel fills the 120 bytes of the parameters, tells with them where the flags
+        // lie in any ring, and the mapping covers them; both are given back before the end.
+        unsafe {
+            let fd = libc::syscall(libc::SYS_io_uring_setup, ENTRIES, params.as_mut_ptr());
+            assert!(fd >= 0, "{}", io::Error::last_os_error());
+            libc::close(fd as i32);
+            let (both, shared) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
+            let at = libc::mmap(std::ptr::null_mut(), 4096, both, shared, self.io.as_raw_fd(), 0);
+            assert_ne!(at, libc::MAP_FAILED);
+            let flags = at.byte_add(params[SQ_OFF_FLAGS] as usize).cast::<u32>();
+            AtomicU32::from_ptr(flags).fetch_or(TASKRUN, SeqCst);
+            libc::munmap(at, 4096);
+        }
     }
 }

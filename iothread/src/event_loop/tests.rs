@@ -317,6 +317,60 @@ fn a_watched_poller_is_fired_while_polling_and_settled_before_sleep() {
 }
 
 #[test]
+fn a_loop_that_is_never_out_of_work_still_looks_at_what_it_watches() {
+    let mut event_loop = event_loop();
+    let strand = Strand::new(&event_loop.handle(), (0, 0));
+    let busy = strand.event(|(runs, _), _| {
+        *runs += 1;
+        Progress::More
+    });
+    let found = strand.event(|(_, found), _| {
+        *found += 1;
+        Progress::Idle
+    });
+    let settle = strand.event(|_, _| unreachable!("there was always something to do"));
+    let poller = found.on_poll(|| true, &settle);
+    poller.watch(true);
+    busy.schedule();
+    (0..5).for_each(|_| event_loop.turn());
+    let mut counts = strand.call(|counts, _| *counts);
+    event_loop.turn();
+    let (runs, found) = counts.poll().unwrap().unwrap();
+    assert!(runs >= 5 && found >= 4, "{runs} runs of the busy one, {found} finds");
+}
+
+#[test]
+fn an_announcement_of_the_ring_with_nothing_behind_it_keeps_no_loop_awake() {
+    let file = tempfile();
+    let fd = file.as_raw_fd();
+    with_loop(PollPolicy::default(), |handle, blocking| {
+        let (sender, results) = channel();
+        let strand = Strand::new(handle, None::<Arc<Port>>);
+        let completed = strand.event(move |port: &mut Option<Arc<Port>>, _| {
+            port.as_ref().unwrap().take(|_, result| sender.send(result).unwrap());
+            Progress::Idle
+        });
+        for _ in 0..3 {
+            strand.call(|_, cx| cx.ring().unwrap().announce_nothing()).wait(blocking).unwrap();
+            let before = handle.counters().sleeps.get();
+            eventually("the loop never sleeps", || handle.counters().sleeps.get() > before);
+            let port = Port::new(1, &completed);
+            strand
+                .call(move |slot, cx| {
+                    let sync = crate::Operation::Sync { fd };
+                    #[expect(unsafe_code, reason = "this is what is tested")]
+                    // SAFETY: the file is open until all results have come.
+                    unsafe { cx.ring().unwrap().submit(sync, &port, 0) }.unwrap();
+                    *slot = Some(port);
+                })
+                .wait(blocking)
+                .unwrap();
+            assert_eq!(results.recv().unwrap(), 0);
+        }
+    });
+}
+
+#[test]
 fn an_operation_completes_on_the_loop_that_submitted() {
     use std::io::Write;
     let mut file = tempfile();
