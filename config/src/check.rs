@@ -125,14 +125,14 @@ fn check_disk(
             inodes.insert(inode, (name.clone(), writes));
         }
     }
-    let rest = metadata.len() % 512;
-    if metadata.is_file() && metadata.len() < 512 {
-        let message = format!("{name} is smaller than one sector");
-        problems.push(Problem::error("H01", message, "enlarge it: truncate -s 4G FILE"));
-    } else if metadata.is_file() && rest != 0 {
-        let message =
-            format!("{name}: its last {rest} bytes are no whole sector and stay out of reach");
-        problems.push(Problem::warning("H01", message, "is it a raw image?"));
+    let (bytes, size_given) = (metadata.len(), size.copied());
+    if metadata.is_file() && (bytes == 0 || bytes % 512 != 0) {
+        let message = format!("{name}: its size, {bytes} bytes, is no positive multiple of 512");
+        problems.push(Problem::error("H01", message, "is it a raw image? truncate -s SIZE FILE"));
+    } else if metadata.is_file() && size_given.is_some_and(|given| given != bytes) {
+        let message = format!("{name} exists and has {bytes} bytes; `size` does not change that");
+        let hint = "resize it: qemu-img resize -f raw FILE SIZE; or leave `size` out";
+        problems.push(Problem::warning("H01", message, hint));
     }
 }
 

@@ -13,7 +13,7 @@ size = "64M"
 const TEMPLATES: [(&str, &str); 5] = [
     ("small", SMALL),
     ("linux", include_str!("../../examples/linux.toml")),
-    ("many-vcpu", include_str!("../../examples/many-vcpus.toml")),
+    ("many-vcpus", include_str!("../../examples/many-vcpus.toml")),
     ("placement", include_str!("../../examples/placement.toml")),
     ("pinned", include_str!("../../examples/pinned.toml")),
 ];

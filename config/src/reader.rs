@@ -170,7 +170,16 @@ impl<'a> Reader<'a> {
             _ => {
                 let found = entry.value.kind.describe();
                 let message = format!("`{path}` must be a table, found {found}");
-                self.report.error(entry.value.loc, message, Some(format!("write [{path}]")));
+                let hint = match (&entry.value.kind, shape.keys.first()) {
+                    // sched = "batch"
+                    (Kind::Text(text), Some(Key { name, shape: Shape::Words(words), .. }))
+                        if words.contains(&text.as_str()) =>
+                    {
+                        format!("write {} = {{ {name} = \"{text}\" }}", entry.key)
+                    }
+                    _ => format!("write [{path}]"),
+                };
+                self.report.error(entry.value.loc, message, Some(hint));
                 None
             }
         }
@@ -217,24 +226,33 @@ impl Reader<'_> {
     }
 }
 
-/// Where a key of this name does exist.
+/// Where a key of this name does exist, or will.
 fn elsewhere(name: &str) -> Option<String> {
     fn search(table: &keys::Table, prefix: &str, name: &str) -> Option<String> {
         table.keys.iter().find_map(|key| {
-            let (inner, path) = match key.shape {
-                Shape::Table(inner) | Shape::Lift(inner) => {
-                    (inner, format!("{prefix}{}", key.name))
+            let path = format!("{prefix}{}", key.name);
+            let (inner, path, header) = match &key.shape {
+                Shape::Table(inner) | Shape::Lift(inner) => (*inner, path.clone(), path),
+                Shape::Named(inner, _) => (*inner, format!("{path}.NAME"), format!("{path}.NAME")),
+                Shape::Either(shapes) => {
+                    let inner = shapes.iter().find_map(|shape| match shape {
+                        Shape::List(Shape::Table(inner)) => Some(*inner),
+                        _ => None,
+                    })?;
+                    (inner, path.clone(), format!("[{path}]"))
                 }
-                Shape::Named(inner, _) => (inner, format!("{prefix}{}.NAME", key.name)),
                 _ => return None,
             };
             if inner.key(name).is_some() {
-                return Some(path);
+                return Some(format!("there is a `{name}` in [{header}]"));
+            }
+            if inner.later.contains(&name) {
+                return Some(format!("it comes later, in [{header}]"));
             }
             search(inner, &format!("{path}."), name)
         })
     }
-    search(&keys::ROOT, "", name).map(|table| format!("there is a `{name}` in [{table}]"))
+    search(&keys::ROOT, "", name)
 }
 
 /// Is `name` fit for a thread or a device?

@@ -285,10 +285,14 @@ fn numbered<N: Ord>(
     Ok(entries.filter_map(|entry| numbered(entry.ok()?)).collect())
 }
 
-/// The trimmed text of a small file; `None` if there is no such file.
+/// The trimmed text of a small file; `None` if there is no such file. Archives pad the files of
+/// /sys with zeros to the size they claim to have.
 fn optional(path: &Path) -> Result<Option<String>, TopologyError> {
     match read(path) {
-        Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).trim().to_owned())),
+        Ok(bytes) => Ok(Some({
+            let text = String::from_utf8_lossy(&bytes);
+            text.trim_end_matches('\0').trim().to_owned()
+        })),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(TopologyError::Read { path: path.to_owned(), source }),
     }

@@ -27,6 +27,9 @@ pub enum UnitError {
     /// Something else than a number in front of the unit.
     #[error("`{0}` is not a number with a unit")]
     Garbage(String),
+    /// A number with a unit that there is not.
+    #[error("`{0}`: there is no unit `{1}`, only {2}")]
+    Unit(String, String, &'static str),
     /// A fraction of a byte or of a nanosecond.
     #[error("`{0}` is not a whole number of {1}")]
     Fraction(String, &'static str),
@@ -76,7 +79,12 @@ fn parse(
     if unit.is_empty() {
         return Err(UnitError::NoUnit(excerpt(text)));
     }
-    let factor = factor_of(unit).ok_or_else(garbage)?;
+    if !unit.chars().all(char::is_alphabetic) {
+        return Err(garbage());
+    }
+    let units = if smallest == "bytes" { "K, M, G, T, P" } else { "ns, us, ms, s" };
+    let factor =
+        factor_of(unit).ok_or_else(|| UnitError::Unit(excerpt(text), excerpt(unit), units))?;
 
     let too_big = || UnitError::TooBig(excerpt(text));
     let whole = whole.parse::<u64>().map_err(|_| too_big())?;
@@ -162,8 +170,12 @@ mod tests {
         for garbage in
             ["", "M", "-1M", "+1M", "1e3M", "1.M", ".5M", "1.2.3M", "1m", "1MB", "inf", "1 M M"]
         {
-            assert!(matches!(parse_size(garbage), Err(UnitError::Garbage(_))), "{garbage}");
+            let refused = parse_size(garbage);
+            let expected = matches!(refused, Err(UnitError::Garbage(_) | UnitError::Unit(..)));
+            assert!(expected, "{garbage}: {refused:?}");
         }
+        let unknown = parse_time("1h").unwrap_err().to_string();
+        assert_eq!(unknown, "`1h`: there is no unit `h`, only ns, us, ms, s");
         let fine = format!("1.{}1G", "0".repeat(40));
         assert!(matches!(parse_size(&fine), Err(UnitError::Fraction(..))));
     }

@@ -82,10 +82,14 @@ impl<'a> Value<'a> {
             _ => {
                 let scalar = matches!(self.node.kind, Kind::Int(_) | Kind::Float);
                 let hint = match self.shape {
-                    Shape::Size => "add a unit and quotes: \"512M\"",
-                    _ => "put it in quotes",
+                    Shape::Size if scalar => Some("add a unit and quotes: \"512M\""),
+                    Shape::Text(what) if scalar && what.contains("TIME") => {
+                        Some("add a unit and quotes: \"32us\"")
+                    }
+                    Shape::Cpus if self.is_array() => Some("a set is a string: \"0-3,8\""),
+                    _ => scalar.then_some("put it in quotes"),
                 };
-                self.misfit(scalar.then(|| hint.to_owned()));
+                self.misfit(hint.map(str::to_owned));
                 None
             }
         }
@@ -103,7 +107,9 @@ impl<'a> Value<'a> {
     pub(crate) fn int<T: TryFrom<i64>>(&self) -> Option<T> {
         let Shape::Int(min, max) = self.shape else { panic!("`{}` is no integer", self.path) };
         let Kind::Int(value) = self.node.kind else {
-            self.misfit(self.is_text().then(|| "without quotes".to_owned()));
+            let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+            let quoted = matches!(&self.node.kind, Kind::Text(text) if digits(text));
+            self.misfit(quoted.then(|| "without quotes".to_owned()));
             return None;
         };
         match value.filter(|value| (*min..=*max).contains(value)) {

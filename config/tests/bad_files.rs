@@ -143,9 +143,12 @@ fn vcpus_and_their_pins() {
         &[
             (4, 20, "\"other\" | \"batch\"", "did you mean `fifo`?"),
             (4, 35, "-20 to 19", ""),
-            (4, 40, "`priority` goes with the policies fifo and rr", ""),
             (4, 51, "1 to 99", ""),
         ],
+    );
+    expect(
+        &format!("{four}sched = {{ policy = \"other\", priority = 3 }}"),
+        &[(4, 29, "`priority` goes with the policies fifo and rr", "")],
     );
 }
 
@@ -161,6 +164,13 @@ fn threads() {
     expect("[thread.io]\npoll = \"32\"", &[(2, 8, "`32` has no unit", "\"32us\"")]);
     expect("[thread.io]\npoll = \"2s\"", &[(2, 8, "the longest poll is 1s", "usual")]);
     expect("[thread.io]\npoll = \"fast\"", &[(2, 8, "not a number with a unit", "\"off\"")]);
+    expect("[thread.io]\npoll = \"1h\"", &[(2, 8, "no unit `h`, only ns, us, ms, s", "\"off\"")]);
+    expect("[thread.io]\npoll = 32", &[(2, 8, "found an integer", "add a unit and quotes")]);
+    expect("[thread.io]\ncpus = [1]", &[(2, 8, "found an array", "a set is a string")]);
+    expect(
+        "[thread.io]\nsched = \"rr\"",
+        &[(2, 9, "must be a table", "write sched = { policy = \"rr\" }")],
+    );
     expect("[thread.io]\npoll = { grow = 1 }", &[(2, 17, "from 2 to 1000", "")]);
 }
 

@@ -328,8 +328,10 @@ fn disks_that_are_none() {
     one("path = \"dangling\"", error, "does not exist");
     one("path = \"good/x\"", error, "not a directory");
     one("path = \"no/x\"\nsize = \"1M\"", error, "its directory does not exist");
-    one("path = \"empty\"", error, "smaller than one sector");
-    one("path = \"odd\"", Severity::Warning, "its last 488 bytes");
+    one("path = \"empty\"", error, "its size, 0 bytes, is no positive multiple of 512");
+    one("path = \"odd\"", error, "its size, 1000 bytes, is no positive multiple of 512");
+    one("path = \"good\"\nsize = \"1M\"", Severity::Warning, "exists and has 1024 bytes");
+    none("[disk.d]\npath = \"good\"\nsize = \"1K\"");
     none("[disk.d]\npath = \"new\"\nsize = \"1M\"");
     assert!(!path("new").exists(), "a check has no side effects");
     let both = |one: bool, other: bool| {

@@ -3,18 +3,17 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
 use devices::block::raw::{Engine, Options, RawImage};
-use devices::block::{Access, Backend, BlockIo, Geometry, Submitted};
-use devices::device::{Lifecycle, PauseError, Paused, RestoreError, State};
+use devices::device::{Lifecycle, PauseError, Paused};
 use devices::virtio::blk::Blk;
 use devices::virtio::seat::Placement;
-use devices::virtio::testing::{Rig, TestLoop, memory};
-use devices::virtio::transport::{Saved, Transport, status};
+use devices::virtio::testing::{Rig, Scripted, TestLoop, Whole, memory};
+use devices::virtio::transport::status;
 use devices::virtio::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
-use iothread::{Blocking, Cx, LoopHandle, PollPolicy, Port, Reply};
+use iothread::{Blocking, LoopHandle, PollPolicy, Port};
 use vm_memory::{Bytes, GuestAddress};
 
 const IN: u32 = 0;
@@ -323,39 +322,9 @@ fn rings_outside_memory_need_a_reset() {
     assert_eq!(transport.status(), 0);
 }
 
-/// A backend that answers when it is told to.
-struct Slow {
-    pending: Sender<(Arc<Port>, u16)>,
-}
-
-impl Backend for Slow {
-    fn geometry(&self) -> Geometry {
-        Geometry { sectors: SECTORS, block_size: 512, read_only: false }
-    }
-    fn open_queue(&self) -> std::io::Result<Box<dyn BlockIo>> {
-        Ok(Box::new(SlowIo(self.pending.clone())))
-    }
-}
-
-struct SlowIo(Sender<(Arc<Port>, u16)>);
-
-#[expect(unsafe_code, reason = "the trait's method is unsafe")]
-impl BlockIo for SlowIo {
-    unsafe fn submit(
-        &mut self,
-        _: Access<'_>,
-        port: &Arc<Port>,
-        slot: u16,
-        _: &mut Cx<'_>,
-    ) -> Submitted {
-        self.0.send((Arc::clone(port), slot)).unwrap();
-        Submitted::Pending
-    }
-}
-
 fn slow_rig(home: &TestLoop, features: u64) -> (Rig, Receiver<(Arc<Port>, u16)>) {
-    let (pending, submitted) = channel();
-    let blk = Blk::new(Arc::new(Slow { pending }), "slow", 1, 64);
+    let (backend, submitted) = Scripted::pending();
+    let blk = Blk::new(Arc::new(backend), "slow", 1, 64);
     let mut rig = Rig::new(blk, Placement::Loop(home.handle.clone()), memory(4 << 20));
     rig.start(64, features);
     prepare(&rig, 0, IN, 0);
@@ -378,29 +347,6 @@ fn a_reset_is_over_only_when_nothing_is_in_flight() {
     port.post(slot, 512);
     rig.reset();
     assert_eq!(rig.transport.status(), 0);
-}
-
-/// A transport as a whole device, as the PCI and MMIO transports make it.
-struct Whole(Transport);
-
-impl Lifecycle for Whole {
-    fn name(&self) -> &str {
-        self.0.name()
-    }
-    fn pause(&self) -> Vec<(String, Reply<()>)> {
-        self.0.pause()
-    }
-    fn resume(&self) {
-        self.0.resume();
-    }
-    fn save(&self, proof: &Paused<'_>) -> State {
-        let body = serde_json::to_value(self.0.save(proof)).unwrap();
-        State { kind: "test".into(), version: 1, body }
-    }
-    fn restore(&self, proof: &Paused<'_>, state: &State) -> Result<(), RestoreError> {
-        let saved: Saved = serde_json::from_value(state.body.clone()).unwrap();
-        self.0.restore(proof, &saved)
-    }
 }
 
 #[test]

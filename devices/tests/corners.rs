@@ -3,18 +3,18 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::*};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use devices::block::{Access, Backend, BlockIo, Geometry, Submitted};
-use devices::device::{Lifecycle, Paused, RestoreError, State};
+use devices::block::Submitted;
+use devices::device::{Lifecycle, Paused};
 use devices::virtio::blk::Blk;
 use devices::virtio::rng::Rng;
 use devices::virtio::seat::Placement;
-use devices::virtio::testing::{Rig, TestLoop, memory};
-use devices::virtio::transport::{Saved, Transport, status};
+use devices::virtio::testing::{Rig, Scripted, TestLoop, Whole, memory};
+use devices::virtio::transport::status;
 use devices::virtio::{F_INDIRECT_DESC, F_VERSION_1};
-use iothread::{Blocking, Cx, PollPolicy, Port, Progress, Reply, Strand};
+use iothread::{Blocking, PollPolicy, Port, Progress, Strand};
 use vm_memory::{Bytes, GuestAddress};
 
 const HEADER: u64 = 0x10_0000;
@@ -22,35 +22,8 @@ const DATA: u64 = 0x11_0000;
 const STATUS: u64 = 0x12_0000;
 const TABLE: u64 = 0x13_0000;
 
-/// What a backend answers to an access.
-type Script = dyn Fn(&Arc<Port>, u16) -> Submitted + Send + Sync;
-
-struct Scripted {
-    answers: Arc<Script>,
-}
-impl Backend for Scripted {
-    fn geometry(&self) -> Geometry {
-        Geometry { sectors: 2048, block_size: 512, read_only: false }
-    }
-    fn open_queue(&self) -> std::io::Result<Box<dyn BlockIo>> {
-        Ok(Box::new(ScriptedIo(self.answers.clone())))
-    }
-}
-struct ScriptedIo(Arc<Script>);
-#[expect(unsafe_code, reason = "the trait's method is unsafe")]
-impl BlockIo for ScriptedIo {
-    unsafe fn submit(
-        &mut self,
-        _: Access<'_>,
-        port: &Arc<Port>,
-        slot: u16,
-        _: &mut Cx<'_>,
-    ) -> Submitted {
-        (self.0)(port, slot)
-    }
-}
 fn scripted(f: impl Fn(&Arc<Port>, u16) -> Submitted + Send + Sync + 'static) -> Blk {
-    Blk::new(Arc::new(Scripted { answers: Arc::new(f) }), "s", 1, 64)
+    Blk::new(Arc::new(Scripted::new(f)), "s", 1, 64)
 }
 fn add(rig: &mut Rig, slot: u64) {
     rig.mem.write_slice(&[0; 16], GuestAddress(HEADER + 16 * slot)).unwrap();
@@ -156,36 +129,9 @@ fn a_request_found_at_the_last_look_before_sleep_is_submitted_again_when_the_rin
     }
 }
 
-struct Whole(Transport);
-impl Lifecycle for Whole {
-    fn name(&self) -> &str {
-        self.0.name()
-    }
-    fn pause(&self) -> Vec<(String, Reply<()>)> {
-        self.0.pause()
-    }
-    fn resume(&self) {
-        self.0.resume();
-    }
-    fn save(&self, proof: &Paused<'_>) -> State {
-        State {
-            kind: "test".into(),
-            version: 1,
-            body: serde_json::to_value(self.0.save(proof)).unwrap(),
-        }
-    }
-    fn restore(&self, proof: &Paused<'_>, state: &State) -> Result<(), RestoreError> {
-        let saved: Saved = serde_json::from_value(state.body.clone()).unwrap();
-        self.0.restore(proof, &saved)
-    }
-}
-
 fn slow(home: &TestLoop) -> (Rig, Receiver<(Arc<Port>, u16)>) {
-    let (pending, submitted): (Sender<_>, _) = channel();
-    let blk = scripted(move |port, slot| {
-        pending.send((port.clone(), slot)).unwrap();
-        Submitted::Pending
-    });
+    let (backend, submitted) = Scripted::pending();
+    let blk = Blk::new(Arc::new(backend), "s", 1, 64);
     let mut rig = Rig::new(blk, Placement::Loop(home.handle.clone()), memory(4 << 20));
     rig.start(64, F_VERSION_1);
     add(&mut rig, 0);

@@ -10,13 +10,13 @@ use std::thread::{Scope, yield_now};
 use std::time::{Duration, Instant};
 
 use devices::block::raw::{Engine, Options, RawImage};
-use devices::device::{Lifecycle, Paused, RestoreError, State};
+use devices::device::{Lifecycle, Paused};
 use devices::virtio::blk::Blk;
 use devices::virtio::seat::Placement;
-use devices::virtio::testing::{Rig, Ring, TestLoop, memory};
+use devices::virtio::testing::{Rig, Ring, TestLoop, Whole, memory};
 use devices::virtio::transport::{Transport, status};
 use devices::virtio::{F_EVENT_IDX, F_VERSION_1, Mem};
-use iothread::{Blocking, Counters, LoopHandle, PollPolicy, Reply, Strand, VcpuLoop};
+use iothread::{Blocking, Counters, LoopHandle, PollPolicy, Strand, VcpuLoop};
 use vm_memory::{Bytes, GuestAddress};
 
 const IN: u32 = 0;
@@ -328,27 +328,6 @@ fn resets_with_requests_in_flight_lose_nothing_and_touch_no_memory_afterwards() 
         }
     });
     assert!(waits.into_inner() > 0, "no reset ever came upon a request in flight");
-}
-
-/// A transport as a whole device.
-struct Whole(Transport);
-
-impl Lifecycle for Whole {
-    fn name(&self) -> &str {
-        self.0.name()
-    }
-    fn pause(&self) -> Vec<(String, Reply<()>)> {
-        self.0.pause()
-    }
-    fn resume(&self) {
-        self.0.resume();
-    }
-    fn save(&self, _: &Paused<'_>) -> State {
-        unreachable!("nothing is saved here")
-    }
-    fn restore(&self, _: &Paused<'_>, _: &State) -> Result<(), RestoreError> {
-        unreachable!("nothing is restored here")
-    }
 }
 
 #[test]

@@ -168,16 +168,18 @@ fn output_that_nobody_reads_stops_neither_timeout_nor_end() {
     let stdout = child.stdout.take();
     assert_eq!(end(child), Some(14));
     drop(stdout);
-    // And a terminal that is not read.
-    let mut pty = Pty::default();
-    let before = pty.settings();
-    let script = "exec \"$0\" run \"$1\" --timeout 2s 2>/dev/null";
-    let mut shell = Command::new("sh");
-    shell.args(["-c", script, text(heddle()), text(&machine.path("vm.toml"))]);
-    let child = pty.start(&mut shell);
-    pty.wait_for("~");
-    assert_eq!(end(child), Some(14));
-    assert_eq!(pty.settings(), before);
+    // And a terminal that is not read, with heddle's own last words and without.
+    for elsewhere in ["", "2>/dev/null"] {
+        let mut pty = Pty::default();
+        let before = pty.settings();
+        let script = format!("exec \"$0\" run \"$1\" --timeout 2s --stats {elsewhere}");
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &script, text(heddle()), text(&machine.path("vm.toml"))]);
+        let child = pty.start(&mut shell);
+        pty.wait_for("~");
+        assert_eq!(end(child), Some(14));
+        assert_eq!(pty.settings(), before);
+    }
     assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
 }
 

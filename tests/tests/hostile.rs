@@ -139,6 +139,21 @@ fn one_image_for_two_writers_is_3() {
     let machine = Machine::new("[disk.a]\npath = \"image\"\n[disk.b]\npath = \"./image\"\n");
     machine.write("image", vec![0; 1 << 20]);
     machine.run(&[]).refuses(INVALID, "uses the same file as disk.a");
+    // Under two names, only the host can tell.
+    let machine = Machine::new("[disk.a]\npath = \"image\"\n[disk.b]\npath = \"alias\"\n");
+    machine.write("image", vec![0; 1 << 20]);
+    std::fs::hard_link(machine.path("image"), machine.path("alias")).unwrap();
+    machine.run(&[]).refuses(HOST, "disk.b: its image is the same file as that of disk.a");
+    assert_eq!(machine.heddle("check").arg("--host").status().unwrap().code(), Some(HOST));
+}
+
+#[test]
+fn an_existing_image_keeps_its_size_and_heddle_says_so() {
+    let machine = Machine::new("[disk.a]\npath = \"image\"\nsize = \"8M\"\n");
+    machine.write("image", vec![0; 4 << 20]);
+    let said = machine.run(&[]).expect(0);
+    assert!(said.stderr.contains("not granted: disk.a: wanted 8388608 bytes"), "{}", said.stderr);
+    assert!(said.stderr.contains("exists and has 4194304"), "{}", said.stderr);
 }
 
 #[test]

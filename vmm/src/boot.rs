@@ -61,7 +61,7 @@ pub struct Entry {
 }
 
 /// Longest command line, with its final NUL.
-const CMDLINE_MAX: usize = 16 << 10;
+const CMDLINE_MAX: usize = 4096;
 /// Where the start info lies, after the ACPI tables; then modules, memory map, command line.
 const START_INFO: u64 = 0xf_8000;
 const MODULES: u64 = 0xf_8100;

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::{PossibleValuesParser, RangedI64ValueParser};
 use clap::{Args, Parser, Subcommand};
 
 /// Exit codes, as `--help` shows them.
@@ -52,7 +53,7 @@ pub enum Command {
     /// Print a machine file to start from
     Init {
         /// Which one
-        #[arg(long, default_value = "small")]
+        #[arg(long, default_value = "small", value_parser = templates())]
         template: String,
     },
     /// Write the built-in guest's ELF to a file, to boot it elsewhere
@@ -133,7 +134,7 @@ pub struct Explain {
     #[arg(long, value_name = "DIR")]
     pub sysfs: Option<PathBuf>,
     /// Add totals for this many machines
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one())]
     pub vms: u32,
 }
 
@@ -143,12 +144,20 @@ pub enum Bench {
     /// Start-up time and private memory of a one-vCPU machine
     Start {
         /// How many starts
-        #[arg(long, default_value_t = 20)]
+        #[arg(long, default_value_t = 20, value_parser = at_least_one())]
         runs: u32,
         /// For programs
         #[arg(long)]
         json: bool,
     },
+}
+
+fn templates() -> PossibleValuesParser {
+    config::template_names().collect::<Vec<_>>().into()
+}
+
+fn at_least_one() -> RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..)
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

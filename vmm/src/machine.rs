@@ -1,9 +1,9 @@
 //! From a plan to a running machine, and back to nothing.
 
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, IsTerminal};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::*};
@@ -36,6 +36,7 @@ use crate::cpuid::{self, Topology};
 use crate::ending::Ending;
 use crate::irq::{KvmIrq, KvmLine};
 use crate::memory::{self, BARS, ECAM, KVM_PAGES};
+use crate::terminal::output;
 use crate::timing::Timing;
 use crate::vcpu::{self, Vcpu};
 use crate::verdict;
@@ -386,7 +387,7 @@ impl Parts {
         let sink = match &serial.out {
             SerialOut::Null => Sink::Null,
             SerialOut::Stdio => {
-                Sink::Stdio(stdio(to_stderr).map_err(|e| HostError::new(&whose, e))?)
+                Sink::Stdio(output(to_stderr).map_err(|e| HostError::new(&whose, e))?)
             }
             SerialOut::File(path) => {
                 let file = File::options()
@@ -403,6 +404,7 @@ impl Parts {
     }
 
     fn add_disks(&mut self, plan: &Plan) -> Result<(), HostError> {
+        let mut inodes = BTreeMap::new();
         for disk in &plan.disks {
             let whose = format!("disk.{}", disk.name);
             let mut engine = match disk.engine {
@@ -420,6 +422,8 @@ impl Parts {
             let image = open_image(disk, options)
                 .map_err(|(path, error)| HostError::new(format!("{whose}: {path}"), error))?;
             let handle = image.try_clone_file().map_err(|e| HostError::new(&whose, e))?;
+            self.note_other_size(&whose, disk, &handle)?;
+            open_once(&mut inodes, &whose, &handle, disk.read_only)?;
             if plan.boot.kernel.is_none() && !disk.read_only {
                 spare_what_is_somebodys(&whose, &handle)?;
             }
@@ -428,6 +432,18 @@ impl Parts {
             let blk =
                 Blk::new(Arc::new(image) as Arc<dyn Backend>, &disk.name, queues, disk.queue_size);
             self.plug(&whose, Arc::new(blk), &disk.queues)?;
+        }
+        Ok(())
+    }
+
+    /// `size` is for an image that is to be made; one that exists keeps its own.
+    fn note_other_size(&mut self, whose: &str, disk: &Disk, image: &File) -> Result<(), HostError> {
+        let DiskSource::FileOrCreate(path, wanted) = &disk.source else { return Ok(()) };
+        let metadata = image.metadata().map_err(|error| HostError::new(whose, error))?;
+        if metadata.is_file() && metadata.len() != *wanted {
+            let (path, has) = (path.display(), metadata.len());
+            let what = format!("wanted {wanted} bytes, but {path} exists and has {has}");
+            self.fallbacks.push(Fallback { whose: whose.to_owned(), what });
         }
         Ok(())
     }
@@ -494,6 +510,31 @@ impl Parts {
     }
 }
 
+/// Refuses an image that another disk has under whatever path, unless both only read.
+fn open_once(
+    inodes: &mut BTreeMap<(u64, u64), (String, bool)>,
+    whose: &str,
+    image: &File,
+    read_only: bool,
+) -> Result<(), HostError> {
+    let metadata = image.metadata().map_err(|error| HostError::new(whose, error))?;
+    // A block device is the device behind its node.
+    let inode = match metadata.file_type().is_block_device() {
+        true => (u64::MAX, metadata.rdev()),
+        false => (metadata.dev(), metadata.ino()),
+    };
+    let (first, only_reads) = inodes.entry(inode).or_insert_with(|| (whose.to_owned(), true));
+    if first != whose && !(*only_reads && read_only) {
+        let why = format!(
+            "its image is the same file as that of {first}: only disks that are all read-only may \
+             share one"
+        );
+        return Err(HostError::new(whose, why));
+    }
+    *only_reads &= read_only;
+    Ok(())
+}
+
 /// Refuses to give the built-in guest an image with something on it.
 fn spare_what_is_somebodys(whose: &str, image: &File) -> Result<(), HostError> {
     match verdict::may_overwrite(image) {
@@ -505,22 +546,6 @@ fn spare_what_is_somebodys(whose: &str, image: &File) -> Result<(), HostError> {
         )),
         Err(error) => Err(HostError::new(whose, error)),
     }
-}
-
-/// A descriptor of its own for the console's output. A terminal is opened anew, so that it can be
-/// non-blocking here without being so for the shell, and Ctrl-S stops nothing but the output.
-fn stdio(to_stderr: bool) -> io::Result<OwnedFd> {
-    let output = match to_stderr {
-        true => io::stderr().as_fd().try_clone_to_owned()?,
-        false => io::stdout().as_fd().try_clone_to_owned()?,
-    };
-    if !output.is_terminal() {
-        return Ok(output);
-    }
-    let path = format!("/proc/self/fd/{}", output.as_raw_fd());
-    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
-    let terminal = File::options().write(true).custom_flags(flags).open(path);
-    Ok(terminal.map_or(output, OwnedFd::from))
 }
 
 fn open_image(disk: &Disk, options: Options) -> Result<RawImage, (String, io::Error)> {

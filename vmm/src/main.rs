@@ -12,7 +12,6 @@ use vmm::{bench, run};
 
 /// Exit codes of commands that run no machine; those of a machine are in `vmm::ending`.
 const INTERNAL: u8 = 1;
-const USAGE: u8 = 2;
 const INVALID: u8 = 3;
 const HOST: u8 = 4;
 
@@ -47,12 +46,8 @@ fn print_json(value: &serde_json::Value) -> u8 {
 }
 
 fn init(name: &str) -> u8 {
-    if let Some(text) = config::template(name) {
-        return print(text);
-    }
-    let known: Vec<_> = config::template_names().collect();
-    eprintln!("heddle: no template is called {name:?}; there are: {}", known.join(", "));
-    USAGE
+    // The command line takes only names that there are.
+    print(config::template(name).unwrap_or_default())
 }
 
 fn guest(file: &Path) -> u8 {

@@ -13,7 +13,7 @@ use crate::cli::Run;
 use crate::console::Supervisor;
 use crate::ending::{End, Ending};
 use crate::machine::{HostError, Machine, ThreadInfo};
-use crate::terminal::{RawTerminal, Signals};
+use crate::terminal::{self, RawTerminal, Signals};
 use crate::timing::{Timing, TimingReport};
 use crate::verdict;
 
@@ -93,7 +93,7 @@ fn run_plan(options: &Run, loaded: &Loaded, mut timing: Timing) -> Result<u8, Ho
     let (mut machine, lines) = Machine::build(plan, console_on_stderr, &mut timing)?;
     let fallbacks: Vec<_> =
         machine.fallbacks.iter().map(|f| format!("{}: {}", f.whose, f.what)).collect();
-    if plan.policy.fallback != Verdict::Allow {
+    if plan.policy.fallback == Verdict::Warn {
         fallbacks.iter().for_each(|fallback| eprintln!("heddle: not granted: {fallback}"));
     }
     let Some(blocking) = Blocking::on_this_thread() else {
@@ -101,7 +101,10 @@ fn run_plan(options: &Run, loaded: &Loaded, mut timing: Timing) -> Result<u8, Ho
     };
     if plan.policy.fallback == Verdict::Error && !fallbacks.is_empty() {
         let _ = machine.stop(&blocking);
-        return Err(HostError::new("policy.fallback", "a wish of the file was not granted"));
+        return Err(HostError::new(
+            "policy.fallback",
+            format!("not granted: {}", fallbacks.join("; ")),
+        ));
     }
     let stdio = plan.serials.iter().any(|serial| serial.out == SerialOut::Stdio);
     let raw = if stdio { RawTerminal::take() } else { Ok(None) };
@@ -224,8 +227,7 @@ impl Report<'_> {
         if !matches!(self.end, End::PowerOff | End::DebugExit(0)) || plan.boot.kernel.is_none() {
             text += &format!("heddle: {}: {}\n", plan.name, self.end);
         }
-        // Nobody to tell: the exit code still says it.
-        let _ = std::io::stderr().write_all(text.as_bytes());
+        terminal::say(&text);
     }
 }
 

@@ -2,10 +2,13 @@
 
 #![expect(unsafe_code, reason = "termios and signalfd")]
 
-use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::fs::File;
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering::*};
+use std::time::{Duration, Instant};
 
 /// The settings to go back to, for every way out, panics included.
 static SAVED: OnceLock<libc::termios> = OnceLock::new();
@@ -62,6 +65,53 @@ fn restore() {
     {
         // SAFETY: the settings came from tcgetattr.
         unsafe { libc::tcsetattr(0, libc::TCSANOW, settings) };
+    }
+}
+
+/// A descriptor of its own for standard output, or standard error. A terminal is opened anew, so
+/// that it can be non-blocking here without being so for the shell, and Ctrl-S stops nothing but
+/// the output.
+pub fn output(to_stderr: bool) -> io::Result<OwnedFd> {
+    let output = match to_stderr {
+        true => io::stderr().as_fd().try_clone_to_owned()?,
+        false => io::stdout().as_fd().try_clone_to_owned()?,
+    };
+    if !output.is_terminal() {
+        return Ok(output);
+    }
+    let path = format!("/proc/self/fd/{}", output.as_raw_fd());
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    let terminal = File::options().write(true).custom_flags(flags).open(path);
+    Ok(terminal.map_or(output, OwnedFd::from))
+}
+
+/// How long last words wait for somebody to read them.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Says something on standard error if it can be said within a second: a terminal or a pipe that
+/// nobody reads must not keep the process from ending.
+pub fn say(text: &str) {
+    let Ok(mut to) = output(true).map(File::from) else { return };
+    let deadline = Instant::now() + PATIENCE;
+    let mut left = text.as_bytes();
+    while !left.is_empty() {
+        let wait = deadline.saturating_duration_since(Instant::now()).as_millis() as libc::c_int;
+        let mut fd = libc::pollfd { fd: to.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+        // SAFETY: one pollfd, valid during the call.
+        if unsafe { libc::poll(&raw mut fd, 1, wait) } != 1 {
+            return;
+        }
+        // A pipe that is ready takes this many bytes without blocking.
+        match to.write(&left[..left.len().min(libc::PIPE_BUF)]) {
+            Ok(0) => return,
+            Ok(count) => left = &left[count..],
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
+                ) => {}
+            Err(_) => return,
+        }
     }
 }
 

@@ -125,9 +125,11 @@ fn poll(table: &Reader<'_>) -> Poll {
 }
 
 fn sched(table: &Reader<'_>) -> Sched {
-    let policy = table.value("policy").and_then(|value| value.word()).unwrap_or("other");
+    let policy = table.value("policy").and_then(|value| value.word());
     let nice = table.value("nice").and_then(|value| value.int());
     let priority = table.value("priority").and_then(|value| value.int());
+    // What a policy that is no policy takes, nobody knows: that is reported already.
+    let Some(policy) = policy else { return Sched::default() };
     let takes = match policy {
         "other" | "batch" => "nice",
         "fifo" | "rr" => "priority",

@@ -10,15 +10,17 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use iothread::{ExitCx, LoopHandle, PollPolicy, Sched, Thread, ThreadSpec};
+use iothread::{Cx, ExitCx, LoopHandle, PollPolicy, Port, Reply, Sched, Thread, ThreadSpec};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::pci::{Slots, VirtioPci};
 use super::queue::RingAddresses;
 use super::seat::Placement;
-use super::transport::{InterruptSink, Transport, status};
+use super::transport::{InterruptSink, Saved, Transport, status};
 use super::{F_EVENT_IDX, F_INDIRECT_DESC, Mem, VirtioDevice};
+use crate::block::{Access, Backend, BlockIo, Geometry, Submitted};
 use crate::bus::Bus;
+use crate::device::{Lifecycle, Paused, RestoreError, State};
 use crate::irq::{Doorbells, Msi, MsiSender};
 use crate::pci::{Address, BarSpace, ConfigPorts, Ecam, Function, PciRoot};
 use crate::power::{Power, PowerRequest};
@@ -198,6 +200,81 @@ impl Rig {
             }
             self.interrupt();
         }
+    }
+}
+
+/// What a backend answers to an access.
+type Answer = dyn Fn(&Arc<Port>, u16) -> Submitted + Send + Sync;
+
+/// A backend of 4 MiB that moves no bytes and answers as it is told.
+pub struct Scripted(Arc<Answer>);
+
+impl std::fmt::Debug for Scripted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Scripted").finish_non_exhaustive()
+    }
+}
+
+impl Scripted {
+    /// A backend that answers with `answer`, given the port and slot of the access.
+    pub fn new(answer: impl Fn(&Arc<Port>, u16) -> Submitted + Send + Sync + 'static) -> Self {
+        Self(Arc::new(answer))
+    }
+
+    /// A backend that answers nothing by itself; what is submitted arrives at the receiver.
+    pub fn pending() -> (Self, Receiver<(Arc<Port>, u16)>) {
+        let (sender, submitted) = channel();
+        let backend = Self::new(move |port, slot| {
+            sender.send((Arc::clone(port), slot)).expect("the test is still there");
+            Submitted::Pending
+        });
+        (backend, submitted)
+    }
+}
+
+impl Backend for Scripted {
+    fn geometry(&self) -> Geometry {
+        Geometry { sectors: 8192, block_size: 512, read_only: false }
+    }
+    fn open_queue(&self) -> io::Result<Box<dyn BlockIo>> {
+        Ok(Box::new(Self(Arc::clone(&self.0))))
+    }
+}
+
+#[expect(unsafe_code, reason = "the trait's method is unsafe")]
+impl BlockIo for Scripted {
+    unsafe fn submit(
+        &mut self,
+        _: Access<'_>,
+        port: &Arc<Port>,
+        slot: u16,
+        _: &mut Cx<'_>,
+    ) -> Submitted {
+        (self.0)(port, slot)
+    }
+}
+
+/// A transport as a whole device, as the transports of PCI and MMIO make it.
+#[derive(Debug)]
+pub struct Whole(pub Transport);
+
+impl Lifecycle for Whole {
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+    fn pause(&self) -> Vec<(String, Reply<()>)> {
+        self.0.pause()
+    }
+    fn resume(&self) {
+        self.0.resume();
+    }
+    fn save(&self, proof: &Paused<'_>) -> State {
+        let body = serde_json::to_value(self.0.save(proof)).expect("it has only string keys");
+        State { kind: "test".into(), version: 1, body }
+    }
+    fn restore(&self, proof: &Paused<'_>, state: &State) -> Result<(), RestoreError> {
+        let saved: Saved = serde_json::from_value(state.body.clone()).expect("a saved transport");
+        self.0.restore(proof, &saved)
     }
 }
 
