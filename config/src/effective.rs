@@ -5,8 +5,8 @@ use std::path::Path;
 
 use crate::cpuset::CpuSet;
 use crate::plan::{
-    Disk, DiskSource, Engine, MAIN, Placement, Plan, Sched, SerialOut, Thread, ThreadId, Vcpu,
-    Verdict,
+    Disk, DiskSource, Engine, MAIN, OnReset, Placement, Plan, Sched, SerialOut, Thread, ThreadId,
+    Vcpu, Verdict,
 };
 use crate::units::{format_size, format_time};
 
@@ -91,7 +91,12 @@ fn write(out: &mut String, plan: &Plan) -> std::fmt::Result {
         Verdict::Error => "error",
     };
     let policy = plan.policy;
-    writeln!(out, "\n[policy]\noverlap = \"{}\"", verdict(policy.overlap))?;
+    let on_reset = match policy.on_reset {
+        OnReset::Restart => "restart",
+        OnReset::Exit => "exit",
+    };
+    writeln!(out, "\n[policy]\non-reset = \"{on_reset}\"")?;
+    writeln!(out, "overlap = \"{}\"", verdict(policy.overlap))?;
     writeln!(out, "fallback = \"{}\"", verdict(policy.fallback))
 }
 

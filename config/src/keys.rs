@@ -241,6 +241,7 @@ static SERIAL: Table = table(&[key(
 static SERIAL_FILE: Table = table(&[key("file", Path, Required, "Truncated at the start.")]);
 
 static POLICY: Table = table(&[
+    key("on-reset", Words(&["restart", "exit"]), Value("\"restart\""), "The guest resets."),
     key("overlap", VERDICT, Value("\"warn\""), "A thread shares a CPU with a pinned vCPU."),
     key("fallback", VERDICT, Value("\"warn\""), "This host cannot give what the file asks for."),
 ]);

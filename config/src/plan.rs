@@ -253,10 +253,22 @@ pub enum SerialOut {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Policy {
+    /// The guest resets.
+    pub on_reset: OnReset,
     /// A thread shares a CPU with a pinned vCPU.
     pub overlap: Verdict,
     /// A wish of the file (engine, affinity, scheduling) cannot be had on this host.
     pub fallback: Verdict,
+}
+
+/// What a guest's reset does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnReset {
+    /// Starts it anew, on the same threads and images.
+    Restart,
+    /// Ends the run.
+    Exit,
 }
 
 /// What to do about a doubtful plan.

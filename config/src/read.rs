@@ -7,7 +7,7 @@ mod threads;
 
 use std::path::{Component, Path, PathBuf};
 
-use crate::plan::{DiskSource, Plan, Policy, SerialOut, Verdict};
+use crate::plan::{DiskSource, OnReset, Plan, Policy, SerialOut, Verdict};
 use crate::reader::Reader;
 use crate::report::Report;
 use crate::tree::{Loc, Table};
@@ -68,7 +68,11 @@ fn policy(table: &Reader<'_>) -> Policy {
         Some("error") => Verdict::Error,
         _ => Verdict::Warn,
     };
-    Policy { overlap: verdict("overlap"), fallback: verdict("fallback") }
+    let on_reset = match table.value("on-reset").and_then(|value| value.word()) {
+        Some("exit") => OnReset::Exit,
+        _ => OnReset::Restart,
+    };
+    Policy { on_reset, overlap: verdict("overlap"), fallback: verdict("fallback") }
 }
 
 /// Which file is used for what, so that nobody writes what another reads.

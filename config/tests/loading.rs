@@ -53,7 +53,10 @@ fn nothing_is_needed() {
     let main = Thread { name: "main".into(), cpus: None, sched: Sched::Other { nice: 0 }, poll };
     assert_eq!(plan.threads, [main]);
     assert_eq!(plan.serials, [Serial { name: "com1".into(), out: SerialOut::Stdio }]);
-    assert_eq!(plan.policy, Policy { overlap: Verdict::Warn, fallback: Verdict::Warn });
+    assert_eq!(
+        plan.policy,
+        Policy { on_reset: OnReset::Restart, overlap: Verdict::Warn, fallback: Verdict::Warn }
+    );
     assert_eq!(loads("[serial]").plan.serials, []);
 }
 
@@ -139,6 +142,7 @@ fn everything_can_be_said() {
         [policy]
         overlap = "error"
         fallback = "allow"
+        on-reset = "exit"
         "#,
     );
     let plan = &loaded.plan;
@@ -182,7 +186,10 @@ fn everything_can_be_said() {
     let outs: Vec<_> =
         plan.serials.iter().map(|serial| (serial.name.as_str(), &serial.out)).collect();
     assert_eq!(outs, [("com2", &SerialOut::Null), ("com1", &SerialOut::File("/base/log".into()))]);
-    assert_eq!(plan.policy, Policy { overlap: Verdict::Error, fallback: Verdict::Allow });
+    assert_eq!(
+        plan.policy,
+        Policy { on_reset: OnReset::Exit, overlap: Verdict::Error, fallback: Verdict::Allow }
+    );
     assert_eq!(loads(&loaded.effective).plan, *plan);
 }
 

@@ -7,6 +7,8 @@ pub enum PowerRequest {
     Off,
     /// Reset.
     Reset,
+    /// The guest says that it has panicked.
+    Panic,
     /// End with this value, written to the debug-exit port.
     DebugExit(u32),
 }

@@ -2,13 +2,13 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Sender, TryRecvError, channel};
 use std::time::Duration;
 
 use devices::block::raw::{Engine, Options, RawImage};
 use devices::bus::Bus;
 use devices::device::{Lifecycle, Paused};
-use devices::irq::{Doorbells, Msi, MsiSender};
+use devices::irq::{Doorbells, IrqLine, Msi, MsiSender, SharedLine};
 use devices::pci::{BarSpace, Function};
 use devices::virtio::blk::Blk;
 use devices::virtio::pci::{Slots, VirtioPci};
@@ -24,6 +24,9 @@ const STATUS: u64 = 0x12_0000;
 const MESSAGE: Msi = Msi { address: 0xfee0_1000, data: 0x41 };
 /// Where the guest moves BAR 0 to.
 const MOVED: u64 = 0xd800_0000;
+/// Registers of configuration space.
+const COMMAND: u16 = 1;
+const BAR_0: u16 = 4;
 const LIMIT: Duration = Duration::from_secs(30);
 
 struct Messages(Sender<Msi>);
@@ -94,14 +97,18 @@ impl Machine {
         data[0]
     }
 
+    fn enable_msix(&mut self, on: bool) {
+        let exit = &mut self.vcpu.exit();
+        let capability = msix_capability(&*self.function, exit);
+        self.function.write_config(capability, u32::from(on) << 31, 0xffff_0000, exit);
+    }
+
     /// Brings queue 0 up with interrupts by [`MESSAGE`], with BAR 0 moved to [`MOVED`].
     fn bring_up(&mut self, ring: &Ring) {
+        self.enable_msix(true);
         let exit = &mut self.vcpu.exit();
-        let bar0 = 0x10 / 4;
         let msix_table = self.function.read_config(0x18 / 4, exit) & !0xf;
-        self.function.write_config(bar0, MOVED as u32, !0, exit);
-        let capability = msix_capability(&*self.function, exit);
-        self.function.write_config(capability, 0x8000_0000, 0xffff_0000, exit);
+        self.function.write_config(BAR_0, MOVED as u32, !0, exit);
         let table = u64::from(msix_table) + 16; // vector 1
         self.write(table, &MESSAGE.address.to_le_bytes());
         self.write(table + 8, &MESSAGE.data.to_le_bytes());
@@ -212,4 +219,65 @@ fn a_state_of_something_else_is_refused_and_changes_nothing() {
         assert_eq!(standing.save(), before, "{error}");
         standing.resume();
     }
+}
+
+/// Tells every change of level.
+struct Wire(Sender<bool>);
+
+impl IrqLine for Wire {
+    fn set(&self, high: bool) {
+        self.0.send(high).unwrap();
+    }
+}
+
+#[test]
+fn without_msix_the_pin_is_pulled_until_the_status_is_read() {
+    const ISR: u64 = MOVED + 0x1000;
+    const INTERRUPT_DISABLE: u32 = 1 << 10;
+    let home = TestLoop::new("io0", PollPolicy::OFF);
+    let mem = memory(4 << 20);
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 20).unwrap();
+    let (to, messages) = channel();
+    let (levels, line) = channel();
+    let mut machine = Machine::new(&file, 1, &mem, &home, &to);
+    machine.function.connect_pin(Arc::new(SharedLine::new(Arc::new(Wire(levels)))).pin());
+    assert_eq!(machine.function.read_config(0x3c / 4, &mut machine.vcpu.exit()) >> 8, 1, "pin A");
+    let mut ring = Ring::new(&mem, 0x1000, 64, F_VERSION_1);
+    machine.bring_up(&ring);
+    let mut request = |machine: &mut Machine, sector| {
+        add_read(&mem, &mut ring, sector);
+        machine.kick();
+    };
+    request(&mut machine, 1);
+    assert_eq!(messages.recv_timeout(LIMIT), Ok(MESSAGE));
+    assert_eq!(line.try_recv(), Err(TryRecvError::Empty), "MSI-X has no pin");
+    assert_eq!(machine.read(ISR), 1);
+
+    machine.enable_msix(false);
+    request(&mut machine, 2);
+    assert_eq!(line.recv_timeout(LIMIT), Ok(true));
+    assert_eq!(machine.read(ISR), 1);
+    assert_eq!(line.recv_timeout(LIMIT), Ok(false));
+    assert_eq!(machine.read(ISR), 0);
+
+    // Pulled at last when the driver allows it again, and let go when it forbids it.
+    let set = |machine: &mut Machine, value: u32| {
+        machine.function.write_config(COMMAND, value, 0xffff, &mut machine.vcpu.exit());
+    };
+    set(&mut machine, 6 | INTERRUPT_DISABLE);
+    request(&mut machine, 3);
+    // Not pulled meanwhile: the first level that comes is the one after the next line.
+    set(&mut machine, 6);
+    assert_eq!(line.recv_timeout(LIMIT), Ok(true));
+    set(&mut machine, 6 | INTERRUPT_DISABLE);
+    assert_eq!(line.recv_timeout(LIMIT), Ok(false));
+    set(&mut machine, 6);
+    assert_eq!(line.recv_timeout(LIMIT), Ok(true));
+    machine.write(MOVED + 20, &[0]);
+    while machine.read(MOVED + 20) != 0 {
+        std::thread::yield_now();
+    }
+    assert_eq!(line.recv_timeout(LIMIT), Ok(false), "a reset lets go");
+    assert_eq!(messages.try_recv(), Err(TryRecvError::Empty));
 }

@@ -25,8 +25,11 @@ payloads! {
     fault = payload_fault;
     /// Sends its command line by COM1 and powers off.
     cmdline = payload_cmdline;
-    /// Sends "ready", then what it gets, by COM1; "q" powers off, "t" is a triple fault.
+    /// Sends "ready", then what it gets, by COM1; "q" powers off, Ctrl-R resets, "t" is a
+    /// triple fault.
     echo = payload_echo;
+    /// Sends "ready" by COM1; when the power button is pressed, sends "!" and powers off.
+    button = payload_button;
     /// Sends by COM1 without end.
     flood = payload_flood;
     /// Powers off by what the ACPI tables say.

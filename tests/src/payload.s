@@ -84,12 +84,32 @@ payload cmdline
 3:  power_off
 end cmdline
 
-# Says "ready", then sends back what it gets; "q" powers off, "t" is a triple fault.
-payload echo
+.macro say_ready
     .irpc letter, ready
     mov al, '\letter'
     put_al
     .endr
+.endm
+
+# Says "ready", waits for the power button, says "!" and powers off.
+payload button
+    mov edx, 0x602                      # PWRBTN_EN
+    mov eax, 0x100
+    out dx, ax
+    say_ready
+2:  mov edx, 0x600
+    in ax, dx
+    test ah, 1                          # PWRBTN_STS
+    jz 2b
+    mov al, '!'
+    put_al
+    power_off
+end button
+
+# Says "ready", then sends back what it gets; "q" powers off, Ctrl-R resets, "t" is a
+# triple fault.
+payload echo
+    say_ready
 2:  mov edx, COM1 + 5
     in al, dx
     test al, 1
@@ -100,10 +120,15 @@ payload echo
     je 3f
     cmp al, 't'
     je 4f
+    cmp al, 0x12                        # Ctrl-R
+    je 5f
     put_al
     jmp 2b
 3:  power_off
 4:  triple_fault
+5:  mov al, 0xfe
+    out 0x64, al
+    stop
 end echo
 
 # Sends without end.

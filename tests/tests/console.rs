@@ -108,6 +108,36 @@ fn ctrl_a_ctrl_a_sends_one_ctrl_a() {
 }
 
 #[test]
+fn ctrl_a_p_presses_the_power_button() {
+    let machine = Machine::booting(payload::button(), "", "");
+    let mut pty = Pty::default();
+    let child = pty.start(&mut machine.command(&[]));
+    pty.wait_for("ready");
+    pty.type_in(b"\x01p");
+    pty.wait_for("!");
+    assert_eq!(end(child), Some(0));
+}
+
+#[test]
+fn a_reset_starts_the_guest_anew_and_the_console_stays() {
+    let machine = echo();
+    let mut pty = Pty::default();
+    let before = pty.settings();
+    let child = pty.start(&mut machine.command(&[]));
+    for _ in 0..3 {
+        pty.wait_for("ready");
+        pty.type_in(b"x");
+        pty.wait_for("x");
+        pty.type_in(b"\x12");
+    }
+    pty.wait_for("ready");
+    assert!(pty.is_raw());
+    pty.type_in(b"q");
+    assert_eq!(end(child), Some(0));
+    assert_eq!(pty.settings(), before);
+}
+
+#[test]
 fn a_job_in_the_background_runs_on_and_leaves_the_terminal_alone() {
     let machine = echo();
     let mut pty = Pty::default();

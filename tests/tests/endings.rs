@@ -12,6 +12,8 @@ fn writes(toml: &str, writes: &[(u16, usize, u32)]) -> Outcome {
     Machine::booting(&port_writes(writes), "", toml).run(&["--json", "--timeout", "20s"])
 }
 
+const EXIT_ON_RESET: &str = "[policy]\non-reset = \"exit\"\n";
+
 #[track_caller]
 fn expect_reason(outcome: Outcome, code: i32, reason: &str) {
     let report = outcome.expect(code).json();
@@ -54,15 +56,37 @@ fn acpi_s5_powers_off_and_other_sleep_types_do_not() {
 fn the_acpi_tables_say_how_to_power_off_and_to_reset() {
     let run = |code| Machine::booting(code, "", "").run(&["--json", "--timeout", "20s"]);
     expect_reason(run(payload::acpi_power_off()), 0, "power-off");
-    expect_reason(run(payload::acpi_reset()), 10, "reset");
+    let reset = Machine::booting(payload::acpi_reset(), "", EXIT_ON_RESET);
+    expect_reason(reset.run(&["--json", "--timeout", "20s"]), 10, "reset");
 }
 
 #[test]
 fn the_keyboard_controller_and_the_reset_register_reset() {
-    expect_reason(writes("", &[(0x64, 1, 0xfe)]), 10, "reset");
+    expect_reason(writes(EXIT_ON_RESET, &[(0x64, 1, 0xfe)]), 10, "reset");
     for value in [0x06, 0x0e] {
-        expect_reason(writes("", &[(0xcf9, 1, 0x02), (0xcf9, 1, value)]), 10, "reset");
+        expect_reason(writes(EXIT_ON_RESET, &[(0xcf9, 1, 0x02), (0xcf9, 1, value)]), 10, "reset");
     }
+}
+
+#[test]
+fn resets_count_and_threads_images_and_output_outlive_them() {
+    // It resets for as long as nobody stops it.
+    let toml = "[serial.com1]\nout = { file = \"log\" }\n[disk.d]\nsize = \"1M\"\n[rng.r]\n";
+    let code = port_writes(&[(0x3f8, 1, u32::from(b'x')), (0x64, 1, 0xfe)]);
+    let machine = Machine::booting(&code, "", toml);
+    let report = machine.run(&["--json", "--timeout", "2s"]).expect(14).json();
+    let resets = report["resets"].as_u64().unwrap();
+    assert!(resets > 2, "{report}");
+    let said = std::fs::read_to_string(machine.path("log")).unwrap();
+    assert!(said.bytes().all(|byte| byte == b'x'), "{said}");
+    assert!((resets..=resets + 1).contains(&(said.len() as u64)), "{resets} resets: {said}");
+    let names: Vec<_> = report["threads"].as_array().unwrap().iter().map(|t| &t["name"]).collect();
+    assert_eq!(names, ["main", "vcpu0"]);
+}
+
+#[test]
+fn a_guest_that_says_it_panicked_is_11() {
+    expect_reason(writes("", &[(0x505, 1, 2), (0x505, 1, 1)]), 11, "guest-panic");
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use tests::machine::{Machine, Running, text};
 use tests::payload::{self, elf, layout};
 use tests::program::heddle;
+use vmm::acpi::Description;
 use vmm::boot::{self, Boot, BootError, Entry, Kernel};
 use vmm::memory;
 
@@ -194,7 +195,8 @@ fn loader() -> impl Fn(&[u8]) -> Result<Entry, BootError> {
     move |bytes| {
         let began = Instant::now();
         let boot = Boot { kernel: Kernel::Bytes(bytes), initrd: None, cmdline: "" };
-        let loaded = boot::load(&memory, boot, &[0]);
+        let loaded =
+            boot::load(&memory, boot, &Description { apic_ids: &[0], ..Default::default() });
         assert!(began.elapsed() < Duration::from_secs(5), "{:?}: {loaded:?}", began.elapsed());
         loaded
     }

@@ -78,7 +78,7 @@ const E820_RESERVED: u32 = 2;
 pub fn load(
     memory: &GuestMemoryMmap,
     boot: Boot<'_>,
-    apic_ids: &[u32],
+    machine: &acpi::Description<'_>,
 ) -> Result<Entry, BootError> {
     let rip = match boot.kernel {
         Kernel::File(path) => {
@@ -89,7 +89,7 @@ pub fn load(
         Kernel::Bytes(bytes) => load_elf(memory, &mut Cursor::new(bytes), "the built-in guest")?,
     };
     let module = boot.initrd.map(|path| load_initrd(memory, path)).transpose()?;
-    let tables = acpi::tables(BOOT_DATA, apic_ids);
+    let tables = acpi::tables(BOOT_DATA, machine);
     if BOOT_DATA + tables.len() as u64 > START_INFO {
         return fail("ACPI tables", "too many vCPUs for the space below 1 MiB");
     }

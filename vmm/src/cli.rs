@@ -14,7 +14,7 @@ Exit codes:
   2        usage
   3        the configuration is invalid
   4        this host cannot (no KVM, a file, a cpuset, a limit)
-  10       the guest asked for a reset
+  10       the guest asked for a reset, with policy.on-reset = exit
   11       the guest panicked
   12       triple fault
   14       --timeout
@@ -35,7 +35,8 @@ pub struct Cli {
 pub enum Command {
     /// Run a machine until it ends
     ///
-    /// The console is on the terminal: Ctrl-A X ends the machine, Ctrl-A Ctrl-A sends a Ctrl-A.
+    /// The console is on the terminal: Ctrl-A X ends the machine, Ctrl-A P presses its power button,
+    /// Ctrl-A Ctrl-A sends a Ctrl-A.
     /// A file without a kernel runs the built-in guest, which drives every device and checks every
     /// byte. It overwrites its disks; an image that has something on it is refused.
     #[command(after_help = EXIT_CODES)]

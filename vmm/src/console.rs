@@ -10,19 +10,29 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use devices::legacy::Serial;
+use config::plan::{self, SerialOut};
+use devices::legacy::{PowerPorts, Serial};
 
 use crate::ending::{End, Ending};
-use crate::terminal::Signals;
+use crate::machine::{HostError, Machine};
+use crate::terminal::{Signals, output};
 
 /// Bytes moved at a time: a pipe that is writable takes this many without blocking.
 const CHUNK: usize = 4096;
 
-/// The escape that leaves the console: Ctrl-A, then X.
+/// Ctrl-A begins an escape: X leaves the console, P presses the power button.
 const ESCAPE: u8 = 0x01;
+
+/// What a person wants of the console.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wish {
+    Leave,
+    PowerButton,
+}
 
 /// Where a serial port's output goes.
 #[derive(Debug)]
@@ -35,9 +45,30 @@ pub enum Sink {
     Null,
 }
 
-/// A serial port with its way out.
+impl Sink {
+    /// Opens what the plan says. `to_stderr`: stdio is standard error.
+    fn open(serial: &plan::Serial, to_stderr: bool) -> Result<Self, HostError> {
+        let whose = format!("serial.{}", serial.name);
+        match &serial.out {
+            SerialOut::Null => Ok(Self::Null),
+            SerialOut::Stdio => {
+                Ok(Self::Stdio(output(to_stderr).map_err(|e| HostError::new(&whose, e))?))
+            }
+            SerialOut::File(path) => File::options()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .custom_flags(libc::O_NONBLOCK)
+                .open(path)
+                .map(Self::File)
+                .map_err(|e| HostError::new(format!("{whose}: {}", path.display()), e)),
+        }
+    }
+}
+
+/// A serial port with its way out. The way out stays when a reset brings a new port.
 pub struct Line {
-    port: Arc<Serial>,
+    port: Option<Arc<Serial>>,
     sink: Sink,
     pending: VecDeque<u8>,
     /// Looks for the built-in guest's last words.
@@ -45,9 +76,11 @@ pub struct Line {
 }
 
 impl Line {
-    /// A port whose output goes to `sink`.
-    pub fn new(port: Arc<Serial>, sink: Sink) -> Self {
-        Self { port, sink, pending: VecDeque::new(), transcript: Transcript::default() }
+    /// A port to come, whose output goes where the plan says.
+    pub fn open(serial: &plan::Serial, to_stderr: bool) -> Result<Self, HostError> {
+        let sink = Sink::open(serial, to_stderr)?;
+        let pending = VecDeque::new();
+        Ok(Self { port: None, sink, pending, transcript: Transcript::default() })
     }
 
     fn is_stdio(&self) -> bool {
@@ -55,8 +88,9 @@ impl Line {
     }
 
     fn collect(&mut self) {
+        let Some(port) = &self.port else { return };
         while self.pending.len() < CHUNK {
-            let bytes = self.port.drain(CHUNK);
+            let bytes = port.drain(CHUNK);
             if bytes.is_empty() {
                 return;
             }
@@ -144,26 +178,28 @@ struct Input {
 }
 
 impl Input {
-    /// Reads what is there; true: the escape came.
-    fn read(&mut self, interactive: bool) -> bool {
+    /// Reads what is there, up to an escape.
+    fn read(&mut self, interactive: bool) -> Option<Wish> {
         let mut bytes = [0u8; 256];
         // SAFETY: the pointer and length are those of the array.
         let count = unsafe { libc::read(0, bytes.as_mut_ptr().cast(), bytes.len()) };
         let Ok(count @ 1..) = usize::try_from(count) else {
             let interrupted = io::Error::last_os_error().kind() == io::ErrorKind::Interrupted;
             self.open = count != 0 && interrupted;
-            return false;
+            return None;
         };
+        let mut wish = None;
         for &byte in &bytes[..count] {
             match (std::mem::take(&mut self.escaped), byte) {
-                (true, b'x' | b'X') if interactive => return true,
+                (true, b'x' | b'X') if interactive => return Some(Wish::Leave),
+                (true, b'p' | b'P') if interactive => wish = Some(Wish::PowerButton),
                 (false, ESCAPE) if interactive => self.escaped = true,
                 // A guest that reads nothing must not keep the escape from being seen.
                 _ if self.pending.len() < TYPED_AHEAD => self.pending.push_back(byte),
                 _ => {}
             }
         }
-        false
+        wish
     }
 }
 
@@ -172,56 +208,77 @@ pub struct Supervisor {
     /// The ports.
     pub lines: Vec<Line>,
     signals: Signals,
+    ending: Ending,
+    power_button: Option<Arc<PowerPorts>>,
     input: Input,
     interactive: bool,
+    deadline: Option<Instant>,
 }
 
 impl Supervisor {
-    /// `reads`: standard input goes to the guest; `interactive`: it is a terminal in raw mode.
-    pub fn new(lines: Vec<Line>, signals: Signals, reads: bool, interactive: bool) -> Self {
+    /// `reads`: standard input goes to the guest; `interactive`: it is a terminal in raw mode. It
+    /// all ends after `timeout`.
+    pub fn new(
+        lines: Vec<Line>,
+        signals: Signals,
+        ending: &Ending,
+        (reads, interactive): (bool, bool),
+        timeout: Option<Duration>,
+    ) -> Self {
         let open = reads && lines.iter().any(Line::is_stdio);
         let input = Input { open, escaped: false, pending: VecDeque::new() };
-        Self { lines, signals, input, interactive }
+        let deadline = timeout.map(|timeout| Instant::now() + timeout);
+        let ending = ending.clone();
+        Self { lines, signals, ending, power_button: None, input, interactive, deadline }
     }
 
-    /// Returns when the machine has ended, or after `timeout`.
-    pub fn wait(&mut self, ending: &Ending, timeout: Option<Duration>) -> End {
-        let deadline = timeout.map(|timeout| Instant::now() + timeout);
+    /// Takes on the ports and the power button of a machine, its first or the next one.
+    pub fn connect(&mut self, machine: &Machine) {
+        for (line, port) in self.lines.iter_mut().zip(&machine.serials) {
+            line.port = Some(Arc::clone(port));
+        }
+        self.power_button = Some(Arc::clone(&machine.power_button));
+    }
+
+    /// Returns when the machine has ended, or after the timeout.
+    pub fn wait(&mut self) -> End {
         loop {
-            if let Some(end) = ending.get() {
-                return end.clone();
+            if let Some(end) = self.ending.get() {
+                return end;
             }
-            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            let left = self.deadline.map(|at| at.saturating_duration_since(Instant::now()));
             if left.is_some_and(|left| left.is_zero()) {
                 return End::Timeout;
             }
-            if let Some(end) = self.turn(ending, left) {
+            if let Some(end) = self.turn(left) {
                 return end;
             }
         }
     }
 
     /// Writes out what the ports still hold, as far as the world takes it within a second.
-    pub fn finish(&mut self, ending: &Ending) {
-        self.input.open = false;
+    pub fn finish(&mut self) {
+        // What is typed now is for the next machine, if there is one.
+        let open = std::mem::take(&mut self.input.open);
         let deadline = Instant::now() + Duration::from_secs(1);
         loop {
             self.lines.iter_mut().for_each(Line::collect);
             let waiting = self.lines.iter().any(|line| !line.pending.is_empty());
             let left = deadline.saturating_duration_since(Instant::now());
             if !waiting || left.is_zero() {
-                return;
+                break;
             }
-            self.turn(ending, Some(left));
+            self.turn(Some(left));
         }
+        self.input.open = open;
     }
 
-    fn turn(&mut self, ending: &Ending, timeout: Option<Duration>) -> Option<End> {
+    fn turn(&mut self, timeout: Option<Duration>) -> Option<End> {
         self.lines.iter_mut().for_each(Line::collect);
         let reads = self.input.open && (self.interactive || self.input.pending.is_empty());
         let pollfd = |fd: RawFd, events| libc::pollfd { fd, events, revents: 0 };
         let mut fds = vec![
-            pollfd(ending.as_raw_fd(), libc::POLLIN),
+            pollfd(self.ending.as_raw_fd(), libc::POLLIN),
             pollfd(self.signals.as_raw_fd(), libc::POLLIN),
             pollfd(if reads { 0 } else { -1 }, libc::POLLIN),
         ];
@@ -237,15 +294,21 @@ impl Supervisor {
         // SAFETY: the pointer and length are those of the vector.
         unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, limit) };
         if fds[0].revents != 0 {
-            ending.drain();
+            self.ending.drain();
         }
         if fds[1].revents != 0
             && let Some(signal) = self.signals.next()
         {
             return Some(End::Signal(signal));
         }
-        if fds[2].revents != 0 && self.input.read(self.interactive) {
-            return Some(End::Console);
+        if fds[2].revents != 0 {
+            match self.input.read(self.interactive) {
+                Some(Wish::Leave) => return Some(End::Console),
+                Some(Wish::PowerButton) => {
+                    self.power_button.iter().for_each(|button| button.press_power_button());
+                }
+                None => {}
+            }
         }
         for (line, fd) in self.lines.iter_mut().zip(&fds[3..]) {
             line.write(fd.revents != 0);
@@ -257,7 +320,8 @@ impl Supervisor {
     /// Gives the guest what was typed.
     fn feed(&mut self) {
         let Some(line) = self.lines.iter().find(|line| line.is_stdio()) else { return };
-        let taken = line.port.push_input(self.input.pending.make_contiguous());
+        let Some(port) = &line.port else { return };
+        let taken = port.push_input(self.input.pending.make_contiguous());
         self.input.pending.drain(..taken);
     }
 }

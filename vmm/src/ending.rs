@@ -2,8 +2,9 @@
 
 use std::fmt;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
+use arc_swap::ArcSwapOption;
 use devices::power::{Power, PowerRequest};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -82,7 +83,7 @@ impl fmt::Display for End {
 }
 
 struct Announced {
-    end: OnceLock<End>,
+    end: ArcSwapOption<End>,
     /// Wakes whoever waits for the end.
     wake: EventFd,
 }
@@ -93,7 +94,7 @@ pub struct Ending(Arc<Announced>);
 
 impl fmt::Debug for Ending {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Ending").field(&self.0.end.get()).finish()
+        f.debug_tuple("Ending").field(&self.get()).finish()
     }
 }
 
@@ -102,12 +103,12 @@ impl Ending {
     pub fn new() -> std::io::Result<Self> {
         let flags = vmm_sys_util::eventfd::EFD_NONBLOCK | vmm_sys_util::eventfd::EFD_CLOEXEC;
         let wake = EventFd::new(flags)?;
-        Ok(Self(Arc::new(Announced { end: OnceLock::new(), wake })))
+        Ok(Self(Arc::new(Announced { end: ArcSwapOption::empty(), wake })))
     }
 
     /// The machine ends for this reason, unless it has ended already.
     pub fn announce(&self, end: End) {
-        let _ = self.0.end.set(end);
+        self.0.end.compare_and_swap(&None::<Arc<End>>, Some(Arc::new(end)));
         self.wake();
     }
 
@@ -118,8 +119,13 @@ impl Ending {
     }
 
     /// The end, if it has come.
-    pub fn get(&self) -> Option<&End> {
-        self.0.end.get()
+    pub fn get(&self) -> Option<End> {
+        self.0.end.load().as_deref().cloned()
+    }
+
+    /// Forgets the end, for the next machine. Nothing of the last one may be running.
+    pub fn clear(&self) {
+        self.0.end.store(None);
     }
 
     /// Forgets the wake-ups so far.
@@ -139,6 +145,7 @@ impl Power for Ending {
         self.announce(match request {
             PowerRequest::Off => End::PowerOff,
             PowerRequest::Reset => End::Reset,
+            PowerRequest::Panic => End::GuestPanic,
             PowerRequest::DebugExit(value) => End::DebugExit(value),
         });
     }

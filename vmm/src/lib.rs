@@ -10,6 +10,8 @@ pub mod ending;
 pub mod irq;
 pub mod machine;
 pub mod memory;
+pub mod mmio_slots;
+pub mod resources;
 pub mod run;
 pub mod terminal;
 pub mod timing;

@@ -1,22 +1,16 @@
 //! From a plan to a running machine, and back to nothing.
 
-use std::collections::BTreeMap;
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::*};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use config::CpuSet;
-use config::plan::{self, Disk, DiskSource, Plan, SerialOut};
+use config::plan::{self, Plan};
 use devices::block::Backend;
-use devices::block::raw::{Engine, Options, RawImage};
 use devices::bus::Bus;
 use devices::device::{Device, Lifecycle, Paused};
-use devices::legacy::{DebugExit, I8042, PowerPorts, Serial};
+use devices::irq::SharedLine;
+use devices::legacy::{DebugExit, I8042, PanicPort, PowerPorts, Rtc, Serial};
 use devices::pci::{BarSpace, ConfigPorts, Ecam, Function, PciRoot};
 use devices::power::Power;
 use devices::virtio::blk::Blk;
@@ -24,22 +18,19 @@ use devices::virtio::pci::{Slots, VirtioPci};
 use devices::virtio::rng::Rng;
 use devices::virtio::seat::Placement;
 use devices::virtio::{Mem, VirtioDevice};
-use iothread::{
-    Blocking, Counters, Granted, LoopHandle, PollPolicy, Ring, Sched, Thread, ThreadSpec,
-};
+use iothread::{Blocking, Counters, Granted, LoopHandle, ThreadSpec};
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_pit_config};
 use kvm_ioctls::{Kvm, VmFd};
 
+use crate::acpi::Description;
 use crate::boot::{self, Boot, BootError, Kernel};
-use crate::console::{Line, Sink};
 use crate::cpuid::{self, Topology};
 use crate::ending::Ending;
 use crate::irq::{KvmIrq, KvmLine};
 use crate::memory::{self, BARS, ECAM, KVM_PAGES};
-use crate::terminal::output;
+use crate::resources::{Fallback, Resources, cpu_ids, join, refusals, sched};
 use crate::timing::Timing;
 use crate::vcpu::{self, Vcpu};
-use crate::verdict;
 
 /// The guest that runs when the file names no kernel.
 pub const BUILT_IN_GUEST: &[u8] = include_bytes!(env!("HEDDLE_GUEST"));
@@ -68,15 +59,6 @@ impl From<BootError> for HostError {
     }
 }
 
-/// A wish of the file that this host did not grant, and what there is instead.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Fallback {
-    /// Whose wish: `thread.io0`, `vcpu3`, `disk.data`.
-    pub whose: String,
-    /// What was wanted, what there is, why.
-    pub what: String,
-}
-
 /// What a thread of the machine was asked to be, is, and has done.
 #[derive(Debug, Clone)]
 pub struct ThreadInfo {
@@ -86,16 +68,15 @@ pub struct ThreadInfo {
     pub counters: Arc<Counters>,
 }
 
-/// A built machine. Its guest runs from [`Machine::start`] to [`Machine::stop`].
+/// A built machine on its [`Resources`]. Its guest runs from [`Machine::start`] to [`Machine::stop`].
 pub struct Machine {
     /// Wishes that this host did not grant.
     pub fallbacks: Vec<Fallback>,
-    /// Where its end is announced.
-    pub ending: Ending,
-    /// By disk: a handle on its image, to look at it after the run.
-    pub images: Vec<(String, File)>,
+    /// The power button.
+    pub power_button: Arc<PowerPorts>,
+    /// Its serial ports, in the order of the plan.
+    pub serials: Vec<Arc<Serial>>,
     shared: Arc<vcpu::Shared>,
-    loops: Vec<(LoopHandle, Thread)>,
     vcpus: Vec<Vcpu>,
     /// Dropped to let each vCPU run.
     start: Vec<Sender<()>>,
@@ -105,42 +86,41 @@ pub struct Machine {
 }
 
 /// What is put together while a machine is built.
-struct Parts {
+struct Parts<'a> {
+    resources: &'a Resources,
     vm: Arc<VmFd>,
     ports: Arc<Bus>,
     mmio: Arc<Bus>,
     root: Arc<PciRoot>,
     slots: Slots,
     space: BarSpace,
-    loops: Vec<(LoopHandle, Thread)>,
+    /// The wires of the interrupt pins, by [`PciRoot::line_of`].
+    pci_lines: Vec<Arc<SharedLine>>,
+    serials: Vec<Arc<Serial>>,
     devices: Vec<Arc<dyn Lifecycle>>,
     fallbacks: Vec<Fallback>,
-    images: Vec<(String, File)>,
+    power_button: Arc<PowerPorts>,
     ending: Ending,
 }
 
 impl Machine {
-    /// Builds the machine and its threads; nothing of the guest runs yet. The second result are
-    /// its serial ports.
-    ///
-    /// `to_stderr`: a serial port on stdio writes to standard error.
+    /// Builds the machine and its vCPU threads; nothing of the guest runs yet. Its end will be
+    /// announced at `ending`.
     pub fn build(
         plan: &Plan,
-        to_stderr: bool,
+        resources: &Resources,
+        ending: &Ending,
         timing: &mut Timing,
-    ) -> Result<(Self, Vec<Line>), HostError> {
+    ) -> Result<Self, HostError> {
         let kvm = open_kvm()?;
-        let ending = Ending::new().map_err(|e| HostError::new("eventfd", e))?;
         let vm = create_vm(&kvm)?;
         timing.lap("KVM");
         let memory = memory::allocate(plan.machine.memory, plan.machine.hugepages)
             .map_err(|e| HostError::new("machine.memory", e))?;
         memory::attach(&vm, &memory).map_err(|e| HostError::new("machine.memory", e))?;
         timing.lap("guest memory");
-        let mut parts = Parts::new(vm, Arc::clone(&memory), ending);
-        parts.spawn_loops(plan)?;
-        timing.lap("loops");
-        let lines = parts.add_legacy(plan, to_stderr)?;
+        let mut parts = Parts::new(resources, vm, Arc::clone(&memory), ending);
+        parts.add_legacy(plan)?;
         parts.add_disks(plan)?;
         parts.add_rngs(plan)?;
         timing.lap("devices");
@@ -151,7 +131,10 @@ impl Machine {
         };
         let apic_ids: Vec<u32> =
             (0..plan.vcpus.len() as u32).map(|vcpu| topology.apic_id(vcpu)).collect();
-        let entry = load(plan, &memory, &apic_ids)?;
+        let serials: Vec<usize> = plan.serials.iter().map(port_number).collect();
+        let description =
+            Description { apic_ids: &apic_ids, serials: &serials, pci: true, mmio: &[] };
+        let entry = load(plan, &memory, &description)?;
         timing.lap("kernel");
         let shared = Arc::new(vcpu::Shared {
             ports: Arc::clone(&parts.ports),
@@ -161,19 +144,9 @@ impl Machine {
         });
         let (start, vcpus) = parts.spawn_vcpus(plan, &kvm, topology, &apic_ids, entry, &shared)?;
         timing.lap("vCPUs");
-        let Parts { loops, devices, fallbacks, images, ending, .. } = parts;
-        let machine = Self {
-            fallbacks,
-            ending,
-            images,
-            shared,
-            loops,
-            vcpus,
-            start,
-            devices,
-            _memory: memory,
-        };
-        Ok((machine, lines))
+        let Parts { devices, fallbacks, serials, power_button, .. } = parts;
+        let _memory = memory;
+        Ok(Self { fallbacks, power_button, serials, shared, vcpus, start, devices, _memory })
     }
 
     /// Lets the guest run.
@@ -181,36 +154,24 @@ impl Machine {
         self.start.clear();
     }
 
-    /// Every thread that heddle made, the loops first.
-    pub fn threads(&self) -> Vec<ThreadInfo> {
-        let loops = self.loops.iter().map(|(handle, thread)| ThreadInfo {
-            granted: thread.granted.clone(),
-            counters: Arc::clone(handle.counters()),
-        });
-        let vcpus = self.vcpus.iter().map(|vcpu| ThreadInfo {
+    /// The vCPU threads.
+    pub fn threads(&self) -> impl Iterator<Item = ThreadInfo> {
+        self.vcpus.iter().map(|vcpu| ThreadInfo {
             granted: vcpu.thread.granted.clone(),
             counters: Arc::clone(&vcpu.counters),
-        });
-        loops.chain(vcpus).collect()
+        })
     }
 
-    /// Ends the guest, lets the devices finish what is in flight, and ends the threads. What does
-    /// not come to rest within five seconds is named and left behind.
+    /// Ends the guest and its vCPU threads and lets the devices finish what is in flight. What does
+    /// not come to rest within five seconds is named and left behind; then the resources of the
+    /// machine are still in use and must not be freed.
     pub fn stop(self, blocking: &Blocking) -> Result<(), String> {
-        let Self { shared, vcpus, start, devices, loops, .. } = self;
+        let Self { shared, vcpus, start, devices, .. } = self;
         shared.stop.store(true, Release);
         drop(start);
         let stopped = stop_vcpus(vcpus);
         let paused = Paused::pause(&devices, blocking, REST_LIMIT).map_err(|e| e.to_string());
-        if let Err(why) = stopped.and(paused.map(drop)) {
-            // The process ends with requests in flight: nothing they use may be freed.
-            std::mem::forget((shared, devices, loops));
-            return Err(why);
-        }
-        loops.into_iter().try_for_each(|(handle, thread)| {
-            handle.stop();
-            join(thread)
-        })
+        stopped.and(paused.map(drop)).inspect_err(|_| std::mem::forget((shared, devices)))
     }
 }
 
@@ -226,11 +187,6 @@ fn stop_vcpus(vcpus: Vec<Vcpu>) -> Result<(), String> {
         join(vcpu.thread)?;
     }
     Ok(())
-}
-
-fn join(thread: Thread) -> Result<(), String> {
-    let name = thread.granted.name.clone();
-    thread.join().map_err(|_| format!("thread {name} panicked"))
 }
 
 fn open_kvm() -> Result<Kvm, HostError> {
@@ -259,7 +215,7 @@ fn create_vm(kvm: &Kvm) -> Result<Arc<VmFd>, HostError> {
     Ok(Arc::new(vm))
 }
 
-fn load(plan: &Plan, memory: &Mem, apic_ids: &[u32]) -> Result<boot::Entry, HostError> {
+fn load(plan: &Plan, memory: &Mem, machine: &Description<'_>) -> Result<boot::Entry, HostError> {
     let plan::Boot { kernel, initrd, cmdline } = &plan.boot;
     let mut cmdline = cmdline.clone();
     let kernel = match kernel {
@@ -272,73 +228,43 @@ fn load(plan: &Plan, memory: &Mem, apic_ids: &[u32]) -> Result<boot::Entry, Host
         }
     };
     let boot = Boot { kernel, initrd: initrd.as_deref(), cmdline: &cmdline };
-    Ok(boot::load(memory, boot, apic_ids)?)
+    Ok(boot::load(memory, boot, machine)?)
 }
 
-fn cpu_ids(cpus: &CpuSet) -> Vec<usize> {
-    cpus.iter().map(|cpu| cpu as usize).collect()
+/// Which of the four serial ports this is, 0 for COM1.
+fn port_number(serial: &plan::Serial) -> usize {
+    ["com1", "com2", "com3", "com4"].iter().position(|name| serial.name == *name).unwrap_or(0)
 }
 
-fn sched(sched: plan::Sched) -> Sched {
-    match sched {
-        plan::Sched::Other { nice } => Sched::Other(nice),
-        plan::Sched::Batch { nice } => Sched::Batch(nice),
-        plan::Sched::Idle => Sched::Idle,
-        plan::Sched::Fifo { priority } => Sched::Fifo(priority),
-        plan::Sched::Rr { priority } => Sched::Rr(priority),
-    }
-}
-
-impl Parts {
-    fn new(vm: Arc<VmFd>, mem: Mem, ending: Ending) -> Self {
+impl<'a> Parts<'a> {
+    fn new(resources: &'a Resources, vm: Arc<VmFd>, mem: Mem, ending: &Ending) -> Self {
         let mmio = Arc::new(Bus::default());
         let irq = Arc::new(KvmIrq(Arc::clone(&vm)));
         let slots =
             Slots { bus: Arc::clone(&mmio), msi: Arc::clone(&irq) as _, doorbells: irq, mem };
+        let line = |gsi| SharedLine::new(Arc::new(KvmLine { vm: Arc::clone(&vm), gsi }));
+        let sci = Arc::new(KvmLine { vm: Arc::clone(&vm), gsi: PowerPorts::SCI });
+        let power_button = Arc::new(PowerPorts::new(Arc::new(ending.clone()), sci));
+        let pci_lines = (16..24).map(line).map(Arc::new).collect();
         Self {
+            resources,
+            pci_lines,
+            serials: Vec::new(),
             vm,
             ports: Arc::new(Bus::default()),
             mmio,
             root: Arc::new(PciRoot::default()),
             slots,
             space: BarSpace::new(BARS.start, BARS.end),
-            loops: Vec::new(),
             devices: Vec::new(),
             fallbacks: Vec::new(),
-            images: Vec::new(),
-            ending,
+            power_button,
+            ending: ending.clone(),
         }
-    }
-
-    fn note_refused(&mut self, whose: String, granted: &Granted) {
-        let refused = granted.refused.iter();
-        let fallbacks = refused.map(|it| Fallback { whose: whose.clone(), what: it.to_string() });
-        self.fallbacks.extend(fallbacks);
-    }
-
-    fn spawn_loops(&mut self, plan: &Plan) -> Result<(), HostError> {
-        for thread in &plan.threads {
-            let spec = ThreadSpec {
-                name: thread.name.clone(),
-                cpus: thread.cpus.as_ref().map(cpu_ids),
-                sched: sched(thread.sched),
-            };
-            let poll = PollPolicy {
-                max: thread.poll.max,
-                grow: thread.poll.grow,
-                shrink: thread.poll.shrink,
-            };
-            let whose = format!("thread.{}", thread.name);
-            let (handle, thread) =
-                iothread::spawn_loop(spec, poll).map_err(|e| HostError::new(&whose, e))?;
-            self.note_refused(whose, &thread.granted);
-            self.loops.push((handle, thread));
-        }
-        Ok(())
     }
 
     fn place(&self, placement: plan::Placement) -> Placement<LoopHandle> {
-        let handle = |id: plan::ThreadId| self.loops[id.0].0.clone();
+        let handle = |id: plan::ThreadId| self.resources.loops[id.0].0.clone();
         match placement {
             plan::Placement::Loop(id) => Placement::Loop(handle(id)),
             plan::Placement::Vcpu { home } => Placement::Vcpu { home: handle(home) },
@@ -350,100 +276,47 @@ impl Parts {
     }
 
     /// Serial ports, PCI's own ports, power and debug-exit.
-    fn add_legacy(&mut self, plan: &Plan, to_stderr: bool) -> Result<Vec<Line>, HostError> {
+    fn add_legacy(&mut self, plan: &Plan) -> Result<(), HostError> {
         let power = Arc::new(self.ending.clone()) as Arc<dyn Power>;
-        let mut lines = Vec::new();
         for serial in &plan.serials {
-            lines.push(self.add_serial(serial, to_stderr)?);
+            self.add_serial(serial)?;
         }
         let config = ConfigPorts::new(Arc::clone(&self.root), Arc::clone(&power));
         Self::put(&self.ports, ConfigPorts::PORT, ConfigPorts::SIZE, Arc::new(config))?;
         let ecam = Ecam::new(Arc::clone(&self.root));
         Self::put(&self.mmio, ECAM, Ecam::BUS_SIZE, Arc::new(ecam))?;
-        let switch = PowerPorts::new(Arc::clone(&power));
-        Self::put(&self.ports, PowerPorts::PORT, PowerPorts::SIZE, Arc::new(switch))?;
-        let keyboard = I8042::new(Arc::clone(&power));
-        Self::put(&self.ports, I8042::PORT, I8042::SIZE, Arc::new(keyboard))?;
+        let switch = Arc::clone(&self.power_button);
+        Self::put(&self.ports, PowerPorts::PORT, PowerPorts::SIZE, switch)?;
+        Self::put(&self.ports, Rtc::PORT, Rtc::SIZE, Arc::new(Rtc::default()))?;
+        let panic = Arc::new(PanicPort::new(Arc::clone(&power)));
+        Self::put(&self.ports, PanicPort::PORT, PanicPort::SIZE, panic)?;
+        let keyboard = Arc::new(I8042::new(Arc::clone(&power)));
+        Self::put(&self.ports, I8042::PORT, I8042::SIZE, keyboard)?;
         if plan.machine.debug_exit {
             let device = Arc::new(DebugExit::new(power));
             Self::put(&self.ports, DebugExit::PORT, DebugExit::SIZE, device)?;
         }
-        Ok(lines)
+        Ok(())
     }
 
-    fn add_serial(&mut self, serial: &plan::Serial, to_stderr: bool) -> Result<Line, HostError> {
+    fn add_serial(&mut self, serial: &plan::Serial) -> Result<(), HostError> {
         let whose = format!("serial.{}", serial.name);
-        let nth = match serial.name.as_str() {
-            "com2" => 1,
-            "com3" => 2,
-            "com4" => 3,
-            _ => 0,
-        };
+        let nth = port_number(serial);
         let line = Arc::new(KvmLine { vm: Arc::clone(&self.vm), gsi: Serial::IRQS[nth] });
         let ending = self.ending.clone();
         let device = Arc::new(Serial::new(&whose, line, move || ending.wake()));
         Self::put(&self.ports, Serial::PORTS[nth], Serial::SIZE, Arc::clone(&device) as _)?;
         self.devices.push(Arc::clone(&device) as _);
-        let sink = match &serial.out {
-            SerialOut::Null => Sink::Null,
-            SerialOut::Stdio => {
-                Sink::Stdio(output(to_stderr).map_err(|e| HostError::new(&whose, e))?)
-            }
-            SerialOut::File(path) => {
-                let file = File::options()
-                    .write(true)
-                    .create(true)
-                    .truncate(true)
-                    .custom_flags(libc::O_NONBLOCK)
-                    .open(path)
-                    .map_err(|e| HostError::new(format!("{whose}: {}", path.display()), e))?;
-                Sink::File(file)
-            }
-        };
-        Ok(Line::new(device, sink))
-    }
-
-    fn add_disks(&mut self, plan: &Plan) -> Result<(), HostError> {
-        let mut inodes = BTreeMap::new();
-        for disk in &plan.disks {
-            let whose = format!("disk.{}", disk.name);
-            let mut engine = match disk.engine {
-                plan::Engine::IoUring => Engine::IoUring,
-                plan::Engine::Sync => Engine::Sync,
-            };
-            if engine == Engine::IoUring
-                && let Err(error) = Ring::probe()
-            {
-                let what = format!("wanted engine io_uring, got sync: {error}");
-                self.fallbacks.push(Fallback { whose: whose.clone(), what });
-                engine = Engine::Sync;
-            }
-            let options = Options { engine, read_only: disk.read_only, direct: disk.direct };
-            let image = open_image(disk, options)
-                .map_err(|(path, error)| HostError::new(format!("{whose}: {path}"), error))?;
-            let handle = image.try_clone_file().map_err(|e| HostError::new(&whose, e))?;
-            self.note_other_size(&whose, disk, &handle)?;
-            open_once(&mut inodes, &whose, &handle, disk.read_only)?;
-            if plan.boot.kernel.is_none() && !disk.read_only {
-                spare_what_is_somebodys(&whose, &handle)?;
-            }
-            self.images.push((disk.name.clone(), handle));
-            let queues = disk.queues.len() as u16;
-            let blk =
-                Blk::new(Arc::new(image) as Arc<dyn Backend>, &disk.name, queues, disk.queue_size);
-            self.plug(&whose, Arc::new(blk), &disk.queues)?;
-        }
+        self.serials.push(device);
         Ok(())
     }
 
-    /// `size` is for an image that is to be made; one that exists keeps its own.
-    fn note_other_size(&mut self, whose: &str, disk: &Disk, image: &File) -> Result<(), HostError> {
-        let DiskSource::FileOrCreate(path, wanted) = &disk.source else { return Ok(()) };
-        let metadata = image.metadata().map_err(|error| HostError::new(whose, error))?;
-        if metadata.is_file() && metadata.len() != *wanted {
-            let (path, has) = (path.display(), metadata.len());
-            let what = format!("wanted {wanted} bytes, but {path} exists and has {has}");
-            self.fallbacks.push(Fallback { whose: whose.to_owned(), what });
+    fn add_disks(&mut self, plan: &Plan) -> Result<(), HostError> {
+        for (disk, image) in plan.disks.iter().zip(&self.resources.images) {
+            let queues = disk.queues.len() as u16;
+            let backend = Arc::clone(image) as Arc<dyn Backend>;
+            let blk = Blk::new(backend, &disk.name, queues, disk.queue_size);
+            self.plug(&format!("disk.{}", disk.name), Arc::new(blk), &disk.queues)?;
         }
         Ok(())
     }
@@ -466,7 +339,8 @@ impl Parts {
             .map_err(|error| HostError::new(name, error))?;
         let device = Arc::new(device);
         let function = Arc::clone(&device) as Arc<dyn Function>;
-        self.root.add(&function).map_err(|error| HostError::new(name, error))?;
+        let place = self.root.add(&function).map_err(|error| HostError::new(name, error))?;
+        device.connect_pin(self.pci_lines[PciRoot::line_of(place.slot()) as usize % 8].pin());
         self.devices.push(device);
         Ok(())
     }
@@ -502,81 +376,10 @@ impl Parts {
             };
             let vcpu = Vcpu::spawn(spec, fd, Arc::clone(shared), wait)
                 .map_err(|error| HostError::new(format!("vcpu{nth}"), error))?;
-            self.note_refused(format!("vcpu{nth}"), &vcpu.thread.granted);
+            self.fallbacks.extend(refusals(&format!("vcpu{nth}"), &vcpu.thread.granted));
             vcpus.push(vcpu);
             starts.push(start);
         }
         Ok((starts, vcpus))
-    }
-}
-
-/// Refuses an image that another disk has under whatever path, unless both only read.
-fn open_once(
-    inodes: &mut BTreeMap<(u64, u64), (String, bool)>,
-    whose: &str,
-    image: &File,
-    read_only: bool,
-) -> Result<(), HostError> {
-    let metadata = image.metadata().map_err(|error| HostError::new(whose, error))?;
-    // A block device is the device behind its node.
-    let inode = match metadata.file_type().is_block_device() {
-        true => (u64::MAX, metadata.rdev()),
-        false => (metadata.dev(), metadata.ino()),
-    };
-    let (first, only_reads) = inodes.entry(inode).or_insert_with(|| (whose.to_owned(), true));
-    if first != whose && !(*only_reads && read_only) {
-        let why = format!(
-            "its image is the same file as that of {first}: only disks that are all read-only may \
-             share one"
-        );
-        return Err(HostError::new(whose, why));
-    }
-    *only_reads &= read_only;
-    Ok(())
-}
-
-/// Refuses to give the built-in guest an image with something on it.
-fn spare_what_is_somebodys(whose: &str, image: &File) -> Result<(), HostError> {
-    match verdict::may_overwrite(image) {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(HostError::new(
-            whose,
-            "the built-in guest would overwrite this image, and there is something on it: name a \
-             kernel in [boot], set read-only, or leave `path` out for a scratch disk",
-        )),
-        Err(error) => Err(HostError::new(whose, error)),
-    }
-}
-
-fn open_image(disk: &Disk, options: Options) -> Result<RawImage, (String, io::Error)> {
-    let at = |path: &Path| path.display().to_string();
-    match &disk.source {
-        DiskSource::File(path) => RawImage::open(path, options).map_err(|error| (at(path), error)),
-        DiskSource::FileOrCreate(path, size) => {
-            create_sparse(path, *size).map_err(|error| (at(path), error))?;
-            RawImage::open(path, options).map_err(|error| (at(path), error))
-        }
-        DiskSource::Scratch(size) => {
-            let directory = std::env::temp_dir();
-            let open = || {
-                let file = File::options()
-                    .read(true)
-                    .write(true)
-                    .custom_flags(libc::O_TMPFILE)
-                    .open(&directory)?;
-                file.set_len(*size)?;
-                RawImage::from_file(file, Options { direct: false, ..options })
-            };
-            open().map_err(|error| (format!("a scratch file in {}", at(&directory)), error))
-        }
-    }
-}
-
-/// Makes a sparse file of this size, unless there is one already.
-fn create_sparse(path: &Path, size: u64) -> io::Result<()> {
-    match File::options().write(true).create_new(true).open(path) {
-        Ok(file) => file.set_len(size),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        Err(error) => Err(error),
     }
 }

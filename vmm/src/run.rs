@@ -4,15 +4,16 @@ use std::fs::File;
 use std::io::{IsTerminal, Write};
 use std::os::fd::AsRawFd;
 
-use config::plan::{Plan, SerialOut, Verdict};
+use config::plan::{OnReset, Plan, SerialOut, Verdict};
 use config::{Host, Loaded, Severity};
 use iothread::Blocking;
 use serde_json::{Value, json};
 
 use crate::cli::Run;
-use crate::console::Supervisor;
+use crate::console::{Line, Supervisor};
 use crate::ending::{End, Ending};
 use crate::machine::{HostError, Machine, ThreadInfo};
+use crate::resources::Resources;
 use crate::terminal::{self, RawTerminal, Signals};
 use crate::timing::{Timing, TimingReport};
 use crate::verdict;
@@ -89,10 +90,16 @@ fn run_plan(options: &Run, loaded: &Loaded, mut timing: Timing) -> Result<u8, Ho
     let signals = Signals::take().map_err(|error| HostError::new("signals", error))?;
     iothread::raise_file_limit().map_err(|error| HostError::new("open files", error))?;
     timing.lap("host");
+    let ending = Ending::new().map_err(|error| HostError::new("eventfd", error))?;
+    let resources = Resources::take(plan)?;
+    timing.lap("loops and images");
+    let images = resources.handles(plan)?;
     let console_on_stderr = options.json;
-    let (mut machine, lines) = Machine::build(plan, console_on_stderr, &mut timing)?;
-    let fallbacks: Vec<_> =
-        machine.fallbacks.iter().map(|f| format!("{}: {}", f.whose, f.what)).collect();
+    let lines = plan.serials.iter().map(|serial| Line::open(serial, console_on_stderr));
+    let lines = lines.collect::<Result<_, _>>()?;
+    let mut machine = Machine::build(plan, &resources, &ending, &mut timing)?;
+    let fallbacks = resources.fallbacks.iter().chain(&machine.fallbacks);
+    let fallbacks: Vec<_> = fallbacks.map(|f| format!("{}: {}", f.whose, f.what)).collect();
     if plan.policy.fallback == Verdict::Warn {
         fallbacks.iter().for_each(|fallback| eprintln!("heddle: not granted: {fallback}"));
     }
@@ -101,26 +108,41 @@ fn run_plan(options: &Run, loaded: &Loaded, mut timing: Timing) -> Result<u8, Ho
     };
     if plan.policy.fallback == Verdict::Error && !fallbacks.is_empty() {
         let _ = machine.stop(&blocking);
-        return Err(HostError::new(
-            "policy.fallback",
-            format!("not granted: {}", fallbacks.join("; ")),
-        ));
+        let why = format!("not granted: {}", fallbacks.join("; "));
+        return Err(HostError::new("policy.fallback", why));
     }
     let stdio = plan.serials.iter().any(|serial| serial.out == SerialOut::Stdio);
     let raw = if stdio { RawTerminal::take() } else { Ok(None) };
     let raw = raw.map_err(|error| HostError::new("terminal", error))?;
     // A terminal that is not ours (a job in the background) is not read either.
     let reads = raw.is_some() || !std::io::stdin().is_terminal();
-    let mut supervisor = Supervisor::new(lines, signals, reads, raw.is_some());
+    let interaction = (reads, raw.is_some());
+    let mut supervisor = Supervisor::new(lines, signals, &ending, interaction, options.timeout);
     let timing = timing.report();
-    let ending = machine.ending.clone();
     end_on_panic(ending.clone());
-    machine.start();
-    let end = supervisor.wait(&ending, options.timeout);
-    let threads = machine.threads();
-    let images = std::mem::take(&mut machine.images);
-    let stopped = machine.stop(&blocking);
-    supervisor.finish(&ending);
+    let mut resets = 0;
+    let (end, threads, stopped) = loop {
+        supervisor.connect(&machine);
+        machine.start();
+        let end = supervisor.wait();
+        let threads: Vec<_> = resources.threads().chain(machine.threads()).collect();
+        let stopped = machine.stop(&blocking);
+        supervisor.finish();
+        if end != End::Reset || plan.policy.on_reset == OnReset::Exit || stopped.is_err() {
+            break (end, threads, stopped);
+        }
+        resets += 1;
+        ending.clear();
+        machine = Machine::build(plan, &resources, &ending, &mut Timing::default())?;
+    };
+    let stopped = match stopped {
+        Ok(()) => resources.release(),
+        Err(why) => {
+            // The process ends with requests in flight: nothing they use may be freed.
+            std::mem::forget(resources);
+            Err(why)
+        }
+    };
     drop(raw);
     let said = supervisor.lines.first().and_then(|line| line.transcript.json.as_deref());
     let guest: Option<Value> = said.and_then(|text| serde_json::from_str(text).ok());
@@ -131,7 +153,8 @@ fn run_plan(options: &Run, loaded: &Loaded, mut timing: Timing) -> Result<u8, Ho
     if plan.boot.kernel.is_none() {
         end = verdict::judge(end, guest.as_ref(), &images);
     }
-    let report = Report { end: &end, threads: &threads, fallbacks: &fallbacks, timing: &timing };
+    let report =
+        Report { end: &end, threads: &threads, fallbacks: &fallbacks, timing: &timing, resets };
     if options.json {
         if !print_json(&report.to_json(loaded, guest.as_ref())) {
             return Ok(INTERNAL);
@@ -179,6 +202,7 @@ struct Report<'a> {
     threads: &'a [ThreadInfo],
     fallbacks: &'a [String],
     timing: &'a TimingReport,
+    resets: u64,
 }
 
 impl Report<'_> {
@@ -208,6 +232,7 @@ impl Report<'_> {
             "reason": self.end.reason(),
             "message": self.end.to_string(),
             "debug-exit": raw,
+            "resets": self.resets,
             "not-granted": self.fallbacks,
             "timing": self.timing,
             "threads": threads.collect::<Vec<_>>(),

@@ -5,23 +5,45 @@
 
 pub mod debug_exit;
 pub mod i8042;
+pub mod panic_port;
 pub mod power_ports;
+pub mod rtc;
 pub mod serial;
 
 pub use debug_exit::DebugExit;
 pub use i8042::I8042;
+pub use panic_port::PanicPort;
 pub use power_ports::PowerPorts;
+pub use rtc::Rtc;
 pub use serial::Serial;
 
 #[cfg(test)]
 mod testing {
     use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
     use crossbeam_queue::SegQueue;
     use iothread::VcpuLoop;
 
     use crate::device::Device;
+    use crate::irq::IrqLine;
     use crate::power::{Power, PowerRequest};
+
+    /// A line of which only the level is known.
+    #[derive(Default)]
+    pub struct Wire(AtomicBool);
+
+    impl IrqLine for Wire {
+        fn set(&self, high: bool) {
+            self.0.store(high, SeqCst);
+        }
+    }
+
+    impl Wire {
+        pub fn is_high(&self) -> bool {
+            self.0.load(SeqCst)
+        }
+    }
 
     /// Keeps the requests.
     #[derive(Default)]

@@ -1,4 +1,4 @@
-//! The fixed power management registers of ACPI (ACPI 6.5 §4.8.3): enough to switch off.
+//! The fixed power management registers of ACPI (ACPI 6.5 §4.8.3): power-off and the power button.
 
 use std::fmt;
 use std::sync::Arc;
@@ -7,12 +7,16 @@ use std::sync::atomic::{AtomicU16, Ordering::SeqCst};
 use iothread::ExitCx;
 
 use crate::device::Device;
+use crate::irq::{self, IrqLine};
 use crate::power::{Power, PowerRequest};
 
 /// Offset of the enable register in the event block; the status register is at 0.
 const ENABLE: u64 = 2;
 /// Offset of the control register.
 const CONTROL: u64 = 4;
+
+/// Status and enable: the power button, PWRBTN_STS and PWRBTN_EN.
+const POWER_BUTTON: u16 = 1 << 8;
 
 /// Control: SCI_EN, the machine is in ACPI mode. It never was in another.
 const SCI_ENABLE: u16 = 1;
@@ -25,10 +29,13 @@ const SOFT_OFF: [u16; 2] = [0, 5];
 
 /// The PM1a event block, 4 ports, and the PM1a control block, 2 ports, behind it.
 ///
-/// No event ever happens, so the status reads 0. The enable register keeps what is written: Linux
+/// The power button is the only event there is. The enable register keeps what is written: Linux
 /// reads it back to see whether an event could be enabled.
 pub struct PowerPorts {
     power: Arc<dyn Power>,
+    /// The system control interrupt: high while an event has happened that is enabled.
+    sci: Arc<dyn IrqLine>,
+    status: AtomicU16,
     enable: AtomicU16,
 }
 
@@ -46,19 +53,35 @@ impl PowerPorts {
     /// How many ports there are, in both blocks.
     pub const SIZE: u64 = 6;
 
-    /// Ports that ask `power` to switch off.
-    pub fn new(power: Arc<dyn Power>) -> Self {
-        Self { power, enable: AtomicU16::new(0) }
+    /// The interrupt of its events.
+    pub const SCI: u32 = 9;
+
+    /// Ports that ask `power` to switch off, and tell of events by `sci`.
+    pub fn new(power: Arc<dyn Power>, sci: Arc<dyn IrqLine>) -> Self {
+        Self { power, sci, status: AtomicU16::new(0), enable: AtomicU16::new(0) }
     }
 
-    /// The enable register, to be saved.
-    pub fn save(&self) -> u16 {
-        self.enable.load(SeqCst)
+    /// Presses the power button: a guest that listens shuts down by itself. Any thread may call
+    /// this.
+    pub fn press_power_button(&self) {
+        self.status.fetch_or(POWER_BUTTON, SeqCst);
+        self.settle();
+    }
+
+    fn settle(&self) {
+        irq::settle(&*self.sci, || self.status.load(SeqCst) & self.enable.load(SeqCst) != 0);
+    }
+
+    /// The status and the enable register, to be saved.
+    pub fn save(&self) -> (u16, u16) {
+        (self.status.load(SeqCst), self.enable.load(SeqCst))
     }
 
     /// Takes on what [`save`](Self::save) gave.
-    pub fn restore(&self, enable: u16) {
+    pub fn restore(&self, (status, enable): (u16, u16)) {
+        self.status.store(status & POWER_BUTTON, SeqCst);
         self.enable.store(enable, SeqCst);
+        self.settle();
     }
 
     fn write_control(&self, value: u16) {
@@ -71,8 +94,9 @@ impl PowerPorts {
 
 impl Device for PowerPorts {
     fn read(&self, offset: u64, data: &mut [u8], _: &mut ExitCx<'_>) {
+        let [status, more_status] = self.status.load(SeqCst).to_le_bytes();
         let [low, high] = self.enable.load(SeqCst).to_le_bytes();
-        let ports = [0, 0, low, high, SCI_ENABLE as u8, 0];
+        let ports = [status, more_status, low, high, SCI_ENABLE as u8, 0];
         for (byte, port) in data.iter_mut().zip(offset..) {
             *byte = ports.get(port as usize).copied().unwrap_or(0);
         }
@@ -89,8 +113,11 @@ impl Device for PowerPorts {
                 let merge = |old: u16| Some(old & !lane | bits);
                 // Cannot fail: there is always a new value.
                 let _ = self.enable.fetch_update(SeqCst, SeqCst, merge);
+            } else {
+                self.status.fetch_and(!bits, SeqCst); // written ones clear
             }
         }
+        self.settle();
         self.write_control(control);
     }
 }
@@ -98,12 +125,36 @@ impl Device for PowerPorts {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::legacy::testing::Bench;
+    use crate::legacy::testing::{Bench, Wire};
+
+    fn bench() -> Bench<PowerPorts> {
+        Bench::new(|power| PowerPorts::new(power, Arc::new(Wire::default())))
+    }
+
+    #[test]
+    fn the_power_button_interrupts_if_it_is_enabled_until_it_is_acknowledged() {
+        let wire = Arc::new(Wire::default());
+        let mut bench = Bench::new(|power| PowerPorts::new(power, Arc::clone(&wire) as _));
+        bench.device.press_power_button();
+        assert!(!wire.is_high(), "not enabled");
+        assert_eq!(bench.read(0, 2), [0, 1]);
+        bench.write(ENABLE, &[0, 1]);
+        assert!(wire.is_high());
+        bench.write(0, &[0xff, 0xfe]);
+        assert!(wire.is_high(), "another event was acknowledged");
+        bench.write(0, &[0, 1]);
+        assert!(!wire.is_high());
+        assert_eq!(bench.read(0, 2), [0, 0]);
+        bench.device.press_power_button();
+        assert!(wire.is_high());
+        bench.write(ENABLE, &[0, 0]);
+        assert!(!wire.is_high());
+    }
 
     #[test]
     fn soft_off_switches_off_and_other_states_do_not() {
         for kind in 0..8 {
-            let mut bench = Bench::new(PowerPorts::new);
+            let mut bench = bench();
             let value: u16 = SLEEP_ENABLE | kind << SLEEP_TYPE_SHIFT;
             bench.write(CONTROL, &(value & !SLEEP_ENABLE).to_le_bytes());
             assert_eq!(bench.requests.take(), []);
@@ -115,7 +166,7 @@ mod tests {
 
     #[test]
     fn the_upper_half_of_the_control_register_is_enough() {
-        let mut bench = Bench::new(PowerPorts::new);
+        let mut bench = bench();
         bench.write(CONTROL, &[0x34]);
         assert_eq!(bench.requests.take(), []);
         bench.write(CONTROL + 1, &[0x34]);
@@ -124,7 +175,7 @@ mod tests {
 
     #[test]
     fn the_machine_is_in_acpi_mode_and_stays_there() {
-        let mut bench = Bench::new(PowerPorts::new);
+        let mut bench = bench();
         assert_eq!(bench.read(CONTROL, 2), [1, 0]);
         bench.write(CONTROL, &[0, 0]);
         assert_eq!(bench.read(CONTROL, 2), [1, 0]);
@@ -132,12 +183,12 @@ mod tests {
 
     #[test]
     fn the_enable_register_keeps_its_value_and_the_status_register_is_empty() {
-        let mut bench = Bench::new(PowerPorts::new);
+        let mut bench = bench();
         bench.write(0, &[0xff; 2]);
         bench.write(ENABLE, &[0x20, 0x01]);
         bench.write(ENABLE + 1, &[0x03]);
         assert_eq!(bench.read(0, 4), [0, 0, 0x20, 0x03]);
-        let mut other = Bench::new(PowerPorts::new);
+        let mut other = self::bench();
         other.device.restore(bench.device.save());
         assert_eq!(other.read(ENABLE, 2), [0x20, 0x03]);
         assert_eq!(bench.requests.take(), []);

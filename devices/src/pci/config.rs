@@ -76,9 +76,19 @@ impl Config {
         config.set(COMMAND_STATUS.into(), MEMORY_SPACE | BUS_MASTER);
         config.writable[usize::from(COMMAND_STATUS)] =
             MEMORY_SPACE | BUS_MASTER | INTERRUPT_DISABLE;
-        // The interrupt line is a note from firmware to the driver; there is no pin.
+        // The interrupt line is a note from firmware to the driver.
         config.writable[INTERRUPT] = 0xff;
         config
+    }
+
+    /// The function has interrupt pin A.
+    pub fn use_pin_a(&mut self) {
+        self.set(INTERRUPT, 1 << 8);
+    }
+
+    /// May the function pull its interrupt pin?
+    pub fn pin_enabled(&self) -> bool {
+        self.read(COMMAND_STATUS) & INTERRUPT_DISABLE == 0
     }
 
     /// Adds a memory BAR of 64 bits: `index` 0, 2 or 4, at `address`, of `size` bytes.

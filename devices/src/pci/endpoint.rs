@@ -87,6 +87,7 @@ impl Endpoint {
     /// If a BAR is impossible (see [`Config::add_bar`]), or the capabilities do not fit.
     pub fn new(ids: &Ids, bars: Vec<Bar>, capabilities: Vec<Capability>, bus: Arc<Bus>) -> Self {
         let mut config = Config::new(ids);
+        config.use_pin_a();
         bars.iter().for_each(|bar| config.add_bar(bar.index, bar.address, bar.size));
         let (mut msix, mut window) = (None, None);
         for Capability { id, body, writable, kind } in capabilities {
@@ -101,6 +102,11 @@ impl Endpoint {
         let endpoint = Self { config, bars: bars.into(), msix, window, bus, at };
         endpoint.settle();
         endpoint
+    }
+
+    /// May the function pull its interrupt pin?
+    pub fn pin_enabled(&self) -> bool {
+        self.config.pin_enabled()
     }
 
     /// Where BAR `index` is decoded now.

@@ -188,6 +188,11 @@ impl Msix {
         }
     }
 
+    /// Are interrupts messages now? Else the function has its pin.
+    pub fn is_enabled(&self) -> bool {
+        self.control.load(SeqCst) as u16 & ENABLE != 0
+    }
+
     /// Messages sent so far.
     pub fn sent(&self) -> u64 {
         self.sent.load(Relaxed)

@@ -130,16 +130,28 @@ impl PciRoot {
         result
     }
 
-    /// Puts `function` at the next free place: first one per slot, from slot 1, then further
-    /// functions in the slots.
+    /// The next free place: first one per slot, from slot 1, then further functions in the slots.
+    pub fn free_place(&self) -> Result<Address, InsertError> {
+        let functions = self.functions.load();
+        let mut places = (0..8).flat_map(|nth| (1..32).map(move |slot| Address(slot << 3 | nth)));
+        places.find(|place| !functions.contains_key(place)).ok_or(InsertError::Full)
+    }
+
+    /// Puts `function` at the next [free place](Self::free_place).
     pub fn add(&self, function: &Arc<dyn Function>) -> Result<Address, InsertError> {
-        for place in (0..8).flat_map(|nth| (1..32).map(move |slot| Address(slot << 3 | nth))) {
-            let free = !self.functions.load().contains_key(&place);
-            if free && self.insert(place, function).is_ok() {
-                return Ok(place);
+        loop {
+            let place = self.free_place()?;
+            match self.insert(place, function) {
+                Err(InsertError::Taken(_)) => {} // somebody was faster
+                result => return result.map(|()| place),
             }
         }
-        Err(InsertError::Full)
+    }
+
+    /// The interrupt input that pin A of the functions in `slot` is wired to: the last eight of the
+    /// IOAPIC in turn.
+    pub const fn line_of(slot: u8) -> u32 {
+        16 + slot as u32 % 8
     }
 
     /// Reads a register of the function at `address`; all ones where there is none.

@@ -8,8 +8,8 @@
 //! ```
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU16, Ordering::*};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering::*};
+use std::sync::{Arc, OnceLock};
 
 use iothread::{ExitCx, FdSource, LoopHandle, Reply};
 use serde::{Deserialize, Serialize};
@@ -20,7 +20,7 @@ use super::transport::{self, InterruptSink, Transport};
 use super::{Mem, VirtioDevice};
 use crate::bus::Bus;
 use crate::device::{Device, Lifecycle, Paused, RestoreError, State};
-use crate::irq::{Doorbells, MsiSender};
+use crate::irq::{Doorbells, MsiSender, Pin};
 use crate::pci::{Bar, BarSpace, Capability, Endpoint, Function, Ids, Msix, Placed, endpoint};
 
 const COMMON: u64 = 0x0000;
@@ -78,6 +78,9 @@ struct Vectors {
     config: AtomicU16,
     queues: Box<[AtomicU16]>,
     status: AtomicU8,
+    /// Pulled while MSI-X is off and the status has not been read (virtio 1.2 §4.1.4.5).
+    pin: OnceLock<Pin>,
+    pin_enabled: AtomicBool,
 }
 
 impl Vectors {
@@ -87,6 +90,39 @@ impl Vectors {
             config: AtomicU16::new(NO_VECTOR),
             queues: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
             status: AtomicU8::new(0),
+            pin: OnceLock::new(),
+            pin_enabled: AtomicBool::new(true),
+        }
+    }
+
+    /// Reads the status, which clears it.
+    fn take_status(&self) -> u8 {
+        let status = self.status.swap(0, SeqCst);
+        self.settle_pin();
+        status
+    }
+
+    fn raise(&self, status: u8) {
+        self.status.fetch_or(status, SeqCst);
+        if !self.msix.is_enabled() {
+            self.settle_pin();
+        }
+    }
+
+    /// Pulls the pin or lets go. Whoever changes what that depends on calls this afterwards.
+    fn settle_pin(&self) {
+        let Some(pin) = self.pin.get() else { return };
+        let wanted = || {
+            !self.msix.is_enabled()
+                && self.pin_enabled.load(SeqCst)
+                && self.status.load(SeqCst) != 0
+        };
+        loop {
+            let high = wanted();
+            pin.set(high);
+            if wanted() == high {
+                return;
+            }
         }
     }
 
@@ -98,21 +134,21 @@ impl Vectors {
 
 impl InterruptSink for Vectors {
     fn queue(&self, queue: u16) {
-        self.status.fetch_or(ISR_QUEUE, AcqRel);
+        self.raise(ISR_QUEUE);
         if let Some(vector) = self.queues.get(usize::from(queue)) {
             self.msix.trigger(vector.load(Acquire));
         }
     }
 
     fn config(&self) {
-        self.status.fetch_or(ISR_CONFIG, AcqRel);
+        self.raise(ISR_CONFIG);
         self.msix.trigger(self.config.load(Acquire));
     }
 
     fn reset(&self) {
         self.config.store(NO_VECTOR, Release);
         self.queues.iter().for_each(|vector| vector.store(NO_VECTOR, Release));
-        self.status.store(0, Release);
+        self.take_status();
     }
 }
 
@@ -230,7 +266,7 @@ impl Device for Registers {
                 let from = image.get(offset as usize..).unwrap_or(&[]);
                 data.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
             }
-            ISR => data[0] = self.vectors.status.swap(0, AcqRel),
+            ISR => data[0] = self.vectors.take_status(),
             CONFIG..NOTIFY => self.transport.device().read_config(offset - CONFIG, data),
             _ => {}
         }
@@ -351,6 +387,18 @@ impl VirtioPci {
         Ok(Self { transport, registers, endpoint })
     }
 
+    /// Wires the interrupt pin, once; until then a guest without MSI-X gets no interrupts.
+    pub fn connect_pin(&self, pin: Pin) {
+        let _ = self.registers.vectors.pin.set(pin);
+    }
+
+    /// After anything that may have changed the command register or MSI-X.
+    fn settle_pin(&self) {
+        let vectors = &self.registers.vectors;
+        vectors.pin_enabled.store(self.endpoint.pin_enabled(), SeqCst);
+        vectors.settle_pin();
+    }
+
     fn refuse(&self, why: impl ToString) -> RestoreError {
         RestoreError { device: self.name().to_owned(), why: why.to_string() }
     }
@@ -425,6 +473,7 @@ impl Function for VirtioPci {
 
     fn write_config(&self, register: u16, value: u32, lanes: u32, exit: &mut ExitCx<'_>) {
         self.endpoint.write_config(register, value, lanes, exit);
+        self.settle_pin();
     }
 
     fn settle(&self) {
@@ -478,6 +527,7 @@ impl Lifecycle for VirtioPci {
         vectors.status.store(saved.interrupt_status, Release);
         *self.registers.selected() = saved.selected;
         self.endpoint.restore(&saved.endpoint);
+        self.settle_pin();
         Ok(())
     }
 }

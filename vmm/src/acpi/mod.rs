@@ -1,5 +1,9 @@
 //! The ACPI tables a guest needs to find its CPUs, PCI and the power switch (ACPI 6.5).
 
+mod dsdt;
+
+use acpi_tables::Aml;
+use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::madt::{
     EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
@@ -8,9 +12,10 @@ use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::{Aml, aml};
+use devices::legacy::{PowerPorts, Rtc};
 
 use crate::memory::ECAM;
+use crate::mmio_slots::MmioSlot;
 
 const OEM: [u8; 6] = *b"HEDDLE";
 const TABLE: [u8; 8] = *b"HEDDLEVM";
@@ -18,10 +23,11 @@ const REVISION: u32 = 1;
 
 const LOCAL_APIC: u32 = 0xfee0_0000;
 const IO_APIC: u32 = 0xfec0_0000;
-/// Port blocks of the power management device, see `devices::legacy::power_ports`.
-const PM1_EVENT: u32 = 0x600;
-const PM1_CONTROL: u32 = 0x604;
-const SCI: u16 = 9;
+/// IAPC_BOOT_ARCH, ACPI 6.5 §5.2.9.3: the ISA devices of the DSDT; nothing at the ports of a VGA
+/// card, and no keyboard controller (a bit that is not set), so that no guest probes for them.
+const LEGACY_DEVICES: u16 = 1 << 0;
+const NO_VGA: u16 = 1 << 2;
+const NO_ASPM: u16 = 1 << 4;
 const RESET_PORT: u16 = 0xcf9;
 const RESET_VALUE: u8 = 6;
 
@@ -43,19 +49,35 @@ impl Layout {
     }
 }
 
-/// The bytes of all tables for a machine with these APIC ids, to be put at `base`. The RSDP is
-/// the first of them.
-pub fn tables(base: u64, apic_ids: &[u32]) -> Vec<u8> {
-    let room_for_rsdp = vec![0; Rsdp::len()];
+/// What the tables tell.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Description<'a> {
+    /// By vCPU: its APIC id.
+    pub apic_ids: &'a [u32],
+    /// Serial ports there are, 0 for COM1.
+    pub serials: &'a [usize],
+    /// Is there a PCI bus?
+    pub pci: bool,
+    /// The virtio-mmio devices.
+    pub mmio: &'a [MmioSlot],
+}
+
+/// The bytes of all tables for a machine, to be put at `base`, which is a multiple of 64. The RSDP
+/// is the first of them.
+pub fn tables(base: u64, machine: &Description<'_>) -> Vec<u8> {
+    // The FACS comes next because it is the one with an alignment, 64.
+    let room_for_rsdp = vec![0; Rsdp::len().next_multiple_of(64)];
     let mut layout = Layout { base, bytes: room_for_rsdp };
-    let dsdt = layout.add(&dsdt());
-    let fadt = layout.add(&fadt(dsdt));
-    let madt = layout.add(&madt(apic_ids));
-    let mut mcfg = MCFG::new(OEM, TABLE, REVISION);
-    mcfg.add_ecam(ECAM, 0, 0, 0);
-    let mcfg = layout.add(&mcfg);
+    let facs = layout.add(&FACS::new());
+    let dsdt = layout.add(&dsdt::dsdt(machine));
+    let mut listed = vec![layout.add(&fadt(facs, dsdt)), layout.add(&madt(machine.apic_ids))];
+    if machine.pci {
+        let mut mcfg = MCFG::new(OEM, TABLE, REVISION);
+        mcfg.add_ecam(ECAM, 0, 0, 0);
+        listed.push(layout.add(&mcfg));
+    }
     let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
-    [fadt, madt, mcfg].into_iter().for_each(|table| xsdt.add_entry(table));
+    listed.into_iter().for_each(|table| xsdt.add_entry(table));
     let xsdt = layout.add(&xsdt);
     let mut rsdp = Vec::new();
     Rsdp::new(OEM, xsdt).to_aml_bytes(&mut rsdp);
@@ -63,28 +85,21 @@ pub fn tables(base: u64, apic_ids: &[u32]) -> Vec<u8> {
     layout.bytes
 }
 
-/// Only the S5 state: SLP_TYP 0 for both PM1 control registers.
-fn dsdt() -> Sdt {
-    let zero = aml::ZERO;
-    let types = aml::Package::new(vec![&zero, &zero, &zero, &zero]);
-    let mut code = Vec::new();
-    aml::Name::new("_S5_".into(), &types).to_aml_bytes(&mut code);
-    let mut dsdt = Sdt::new(*b"DSDT", 36, 2, OEM, TABLE, REVISION);
-    dsdt.append_slice(&code);
-    dsdt
-}
-
-fn fadt(dsdt: u64) -> impl Aml {
+/// The power button is a fixed one, by its flag not being set; there is no sleep button.
+fn fadt(facs: u64, dsdt: u64) -> impl Aml {
     let mut fadt = FADTBuilder::new(OEM, TABLE, REVISION)
+        .firmware_ctrl_64(facs)
         .dsdt_64(dsdt)
         .flag(Flags::Wbinvd)
         .flag(Flags::SlpButton)
         .flag(Flags::ResetRegSup);
-    fadt.sci_int = SCI.into();
-    fadt.pm1a_evt_blk = PM1_EVENT.into();
+    fadt.sci_int = (PowerPorts::SCI as u16).into();
+    fadt.pm1a_evt_blk = (PowerPorts::PORT as u32).into();
     fadt.pm1_evt_len = 4;
-    fadt.pm1a_cnt_blk = PM1_CONTROL.into();
+    fadt.pm1a_cnt_blk = (PowerPorts::CONTROL_PORT as u32).into();
     fadt.pm1_cnt_len = 2;
+    fadt.century = Rtc::CENTURY;
+    fadt.iapc_boot_arch = (LEGACY_DEVICES | NO_VGA | NO_ASPM).into();
     fadt.reset_reg = acpi_tables::gas::GAS::new(
         acpi_tables::gas::AddressSpace::SystemIo,
         8,
@@ -107,6 +122,15 @@ fn x2apic(uid: u32, apic_id: u32) -> [u8; 16] {
     entry
 }
 
+/// Interrupt Source Override, ACPI 6.5 §5.2.12.5: ISA interrupt `source` comes in at `gsi`.
+fn source_override(source: u8, gsi: u32, flags: u16) -> [u8; 10] {
+    let mut entry = [0; 10];
+    entry[..4].copy_from_slice(&[2, 10, 0, source]);
+    entry[4..8].copy_from_slice(&gsi.to_le_bytes());
+    entry[8..].copy_from_slice(&flags.to_le_bytes());
+    entry
+}
+
 fn madt(apic_ids: &[u32]) -> Sdt {
     let mut madt = MADT::new(OEM, TABLE, REVISION, LocalInterruptController::Address(LOCAL_APIC));
     madt.add_structure(IoApic::new(0, IO_APIC, 0));
@@ -117,6 +141,10 @@ fn madt(apic_ids: &[u32]) -> Sdt {
     madt.to_aml_bytes(&mut bytes);
     let mut table = Sdt::new(*b"APIC", 36, 5, OEM, TABLE, REVISION);
     table.append_slice(&bytes[36..]);
+    // KVM wires the PIT to the input behind the cascade, as PCs do; the SCI is a level, active high.
+    const ACTIVE_HIGH_LEVEL: u16 = 0b1101;
+    table.append_slice(&source_override(0, 2, 0));
+    table.append_slice(&source_override(PowerPorts::SCI as u8, PowerPorts::SCI, ACTIVE_HIGH_LEVEL));
     for (uid, &id) in apic_ids.iter().enumerate().filter(|(_, id)| **id >= X2APIC_FROM) {
         table.append_slice(&x2apic(uid as u32, id));
     }
@@ -135,10 +163,16 @@ mod tests {
         u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
     }
 
+    fn full(apic_ids: &[u32]) -> Description<'_> {
+        const MMIO: [MmioSlot; 2] =
+            [MmioSlot { base: 0xfeb0_0000, gsi: 5 }, MmioSlot { base: 0xfeb0_1000, gsi: 6 }];
+        Description { apic_ids, serials: &[0, 1, 2, 3], pci: true, mmio: &MMIO }
+    }
+
     #[test]
     fn every_table_is_reached_from_the_rsdp_and_has_a_good_checksum() {
         let base = 0xe_0000;
-        let bytes = tables(base, &(0..300).collect::<Vec<_>>());
+        let bytes = tables(base, &full(&(0..300).collect::<Vec<_>>()));
         assert!(sums_to_zero(&bytes[..20]) && sums_to_zero(&bytes[..36]));
         let table = |address: u64| {
             let at = (address - base) as usize;
@@ -157,7 +191,7 @@ mod tests {
                 assert!(sums_to_zero(dsdt) && dsdt.windows(4).any(|name| name == b"_S5_"));
             }
             if &found[..4] == b"APIC" {
-                let entries = 12 + 255 * 8 + 45 * 16;
+                let entries = 12 + 255 * 8 + 2 * 10 + 45 * 16;
                 assert_eq!(found.len(), 44 + entries);
             }
         }
