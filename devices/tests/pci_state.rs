@@ -2,6 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, TryRecvError, channel};
 use std::time::Duration;
 
@@ -222,11 +223,13 @@ fn a_state_of_something_else_is_refused_and_changes_nothing() {
 }
 
 /// Tells every change of level.
-struct Wire(Sender<bool>);
+struct Wire(Sender<bool>, AtomicBool);
 
 impl IrqLine for Wire {
     fn set(&self, high: bool) {
-        self.0.send(high).unwrap();
+        if self.1.swap(high, Ordering::SeqCst) != high {
+            self.0.send(high).unwrap();
+        }
     }
 }
 
@@ -241,7 +244,9 @@ fn without_msix_the_pin_is_pulled_until_the_status_is_read() {
     let (to, messages) = channel();
     let (levels, line) = channel();
     let mut machine = Machine::new(&file, 1, &mem, &home, &to);
-    machine.function.connect_pin(Arc::new(SharedLine::new(Arc::new(Wire(levels)))).pin());
+    machine.function.connect_pin(
+        Arc::new(SharedLine::new(Arc::new(Wire(levels, AtomicBool::new(false))))).pin(),
+    );
     assert_eq!(machine.function.read_config(0x3c / 4, &mut machine.vcpu.exit()) >> 8, 1, "pin A");
     let mut ring = Ring::new(&mem, 0x1000, 64, F_VERSION_1);
     machine.bring_up(&ring);
