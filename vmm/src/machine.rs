@@ -30,7 +30,7 @@ use iothread::{
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_pit_config};
 use kvm_ioctls::{Kvm, VmFd};
 
-use crate::boot::{self, Boot, BootError, Kernel};
+use crate::boot::{self, Boot, BootError};
 use crate::console::{Line, Sink};
 use crate::cpuid::{self, Topology};
 use crate::ending::Ending;
@@ -151,7 +151,7 @@ impl Machine {
         };
         let apic_ids: Vec<u32> =
             (0..plan.vcpus.len() as u32).map(|vcpu| topology.apic_id(vcpu)).collect();
-        let entry = load(plan, &memory, &apic_ids)?;
+        let entry = Boot::of(plan).load(&memory, &apic_ids)?;
         timing.lap("kernel");
         let shared = Arc::new(vcpu::Shared {
             ports: Arc::clone(&parts.ports),
@@ -257,22 +257,6 @@ fn create_vm(kvm: &Kvm) -> Result<Arc<VmFd>, HostError> {
     let pit = kvm_pit_config { flags: kvm_bindings::KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(pit).map_err(step("KVM_CREATE_PIT2"))?;
     Ok(Arc::new(vm))
-}
-
-fn load(plan: &Plan, memory: &Mem, apic_ids: &[u32]) -> Result<boot::Entry, HostError> {
-    let plan::Boot { kernel, initrd, cmdline } = &plan.boot;
-    let mut cmdline = cmdline.clone();
-    let kernel = match kernel {
-        Some(path) => Kernel::File(path),
-        None => {
-            if plan.machine.debug_exit {
-                cmdline += " debug-exit";
-            }
-            Kernel::Bytes(BUILT_IN_GUEST)
-        }
-    };
-    let boot = Boot { kernel, initrd: initrd.as_deref(), cmdline: &cmdline };
-    Ok(boot::load(memory, boot, apic_ids)?)
 }
 
 fn cpu_ids(cpus: &CpuSet) -> Vec<usize> {
@@ -492,7 +476,7 @@ impl Parts {
             let cpuid = cpuid::for_vcpu(&supported, topology, *apic_id);
             fd.set_cpuid2(&cpuid).map_err(step("KVM_SET_CPUID2"))?;
             if nth == 0 {
-                boot::enter(&fd, entry).map_err(step("KVM_SET_SREGS"))?;
+                entry.enter(&fd).map_err(step("KVM_SET_SREGS"))?;
             }
             let (start, wait): (Sender<()>, Receiver<()>) = channel();
             let spec = ThreadSpec {
