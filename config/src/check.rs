@@ -22,9 +22,7 @@ pub fn check_host(plan: &Plan, host: &Host) -> Vec<Problem> {
     let explanation = explain(plan, host);
     let mut problems = Vec::new();
     check_kvm(&mut problems, Path::new("/dev/kvm"));
-    for file in [&plan.boot.kernel, &plan.boot.initrd].into_iter().flatten() {
-        check_boot(&mut problems, file);
-    }
+    plan.boot.files().for_each(|file| check_boot(&mut problems, file));
     let mut inodes = BTreeMap::new();
     for disk in &plan.disks {
         check_disk(&mut problems, disk, &mut inodes);

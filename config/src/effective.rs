@@ -5,8 +5,8 @@ use std::path::Path;
 
 use crate::cpuset::CpuSet;
 use crate::plan::{
-    Disk, DiskSource, Engine, MAIN, OnReset, Placement, Plan, Sched, SerialOut, Thread, ThreadId,
-    Vcpu, Verdict,
+    Disk, DiskSource, Engine, Kernel, MAIN, Module, OnReset, Placement, Plan, Sched, SerialOut,
+    Thread, ThreadId, Vcpu, Verdict,
 };
 use crate::units::{format_size, format_time};
 
@@ -43,11 +43,18 @@ fn write(out: &mut String, plan: &Plan) -> std::fmt::Result {
     writeln!(out, "debug-exit = {}", machine.debug_exit)?;
 
     writeln!(out, "\n[boot]")?;
-    if let Some(kernel) = &plan.boot.kernel {
-        writeln!(out, "kernel = {}", quote_path(kernel))?;
+    match &plan.boot.kernel {
+        Some(Kernel::Native(path)) => writeln!(out, "kernel = {}", quote_path(path))?,
+        Some(Kernel::Multiboot(path)) => writeln!(out, "multiboot = {}", quote_path(path))?,
+        None => {}
     }
-    if let Some(initrd) = &plan.boot.initrd {
-        writeln!(out, "initrd = {}", quote_path(initrd))?;
+    if !plan.boot.modules.is_empty() {
+        writeln!(out, "modules = [")?;
+        for Module { path, cmdline } in &plan.boot.modules {
+            let (path, cmdline) = (quote_path(path), quote(cmdline));
+            writeln!(out, "    {{ path = {path}, cmdline = {cmdline} }},")?;
+        }
+        writeln!(out, "]")?;
     }
     writeln!(out, "cmdline = {}", quote(&plan.boot.cmdline))?;
 

@@ -149,9 +149,21 @@ static TOPOLOGY: Table = table(&[
 ]);
 
 static BOOT: Table = table(&[
-    key("kernel", Path, Says("the built-in guest"), "An ELF file with a PVH entry."),
-    key("initrd", Path, Absent, "Handed to the kernel as its first module."),
+    key(
+        "kernel",
+        Path,
+        Says("the built-in guest"),
+        "A Linux bzImage (vmlinuz), or an ELF file with a PVH entry.",
+    ),
+    key("multiboot", Path, Absent, "Instead of `kernel`: a file with a Multiboot 1 header."),
+    key("initrd", Path, Absent, "The first module; a bzImage takes no other."),
+    key("modules", List(&Lift(&MODULE)), Value("[]"), "Files that the kernel finds in memory."),
     key("cmdline", Text("text"), Value("\"\""), "The kernel's command line."),
+]);
+
+static MODULE: Table = table(&[
+    key("path", Path, Required, "The file."),
+    key("cmdline", Text("text"), Value("\"\""), "A command line of its own."),
 ]);
 
 static VCPU: Table = table(&[

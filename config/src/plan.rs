@@ -3,7 +3,7 @@
 //! After loading, a name that does not exist cannot occur: threads are indices ([`ThreadId`]),
 //! queues have exactly one [`Placement`] each, sizes are bytes and times are [`Duration`]s.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -66,12 +66,49 @@ pub struct Topology {
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Boot {
-    /// An ELF with a PVH note; `None`: the built-in guest.
-    pub kernel: Option<PathBuf>,
-    /// First PVH module.
-    pub initrd: Option<PathBuf>,
-    /// The kernel's command line.
+    /// `None`: the built-in guest.
+    pub kernel: Option<Kernel>,
+    /// What the kernel finds in memory; `initrd` is the first. None for the built-in guest.
+    pub modules: Vec<Module>,
+    /// The kernel's command line, at most 4095 bytes without a NUL.
     pub cmdline: String,
+}
+
+/// `kernel` or `multiboot`: the file, and by which protocol it starts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kernel {
+    /// A Linux bzImage or an ELF with a PVH note; its content says which.
+    Native(PathBuf),
+    /// A Multiboot 1 kernel.
+    Multiboot(PathBuf),
+}
+
+impl Kernel {
+    /// The file.
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Native(path) | Self::Multiboot(path) => path,
+        }
+    }
+}
+
+/// `initrd`, or one of `modules`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Module {
+    /// The file.
+    pub path: PathBuf,
+    /// Its command line, at most 4095 bytes without a NUL.
+    pub cmdline: String,
+}
+
+impl Boot {
+    /// Every file that booting reads.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        let modules = self.modules.iter().map(|module| module.path.as_path());
+        self.kernel.iter().map(Kernel::path).chain(modules)
+    }
 }
 
 /// One vCPU thread.

@@ -7,7 +7,7 @@ mod threads;
 
 use std::path::{Component, Path, PathBuf};
 
-use crate::plan::{DiskSource, OnReset, Plan, Policy, SerialOut, Verdict};
+use crate::plan::{DiskSource, Kernel, OnReset, Plan, Policy, SerialOut, Verdict};
 use crate::reader::Reader;
 use crate::report::Report;
 use crate::tree::{Loc, Table};
@@ -28,11 +28,13 @@ pub(crate) fn plan(report: &Report, tree: &Table, default_name: &str) -> Plan {
     let vcpus = threads::vcpus(&root.table("vcpu"), count);
     let threads = threads::threads(&root);
     let mut files = Files::default();
-    for (file, what) in [(&boot.kernel, "boot.kernel"), (&boot.initrd, "boot.initrd")] {
-        if let Some(file) = file {
-            files.add(report, file, what, false, root.loc_of("boot"));
-        }
+    let mut booted = |file: &Path, what| files.add(report, file, what, false, root.loc_of("boot"));
+    match &boot.kernel {
+        Some(Kernel::Native(file)) => booted(file, "boot.kernel"),
+        Some(Kernel::Multiboot(file)) => booted(file, "boot.multiboot"),
+        None => {}
     }
+    boot.modules.iter().for_each(|module| booted(&module.path, "a module of boot"));
     let disks = devices::disks(&root, &threads, count, &mut files);
     let rngs = devices::rngs(&root, &threads);
     let serials = devices::serials(&root, &mut files);

@@ -233,6 +233,7 @@ fn elsewhere(name: &str) -> Option<String> {
             let path = format!("{prefix}{}", key.name);
             let (inner, path, header) = match &key.shape {
                 Shape::Table(inner) | Shape::Lift(inner) => (*inner, path.clone(), path),
+                Shape::List(Shape::Lift(inner)) => (*inner, path.clone(), format!("[{path}]")),
                 Shape::Named(inner, _) => (*inner, format!("{path}.NAME"), format!("{path}.NAME")),
                 Shape::Either(shapes) => {
                     let inner = shapes.iter().find_map(|shape| match shape {

@@ -71,7 +71,7 @@ fn key_text(text: &mut String, key: &Key, indent: &str) {
         *text += &format!("; {default}");
     }
     *text += "\n";
-    if let Shape::Lift(inner) | Shape::Table(inner) = &key.shape {
+    if let Shape::Lift(inner) | Shape::Table(inner) | Shape::List(Shape::Lift(inner)) = &key.shape {
         for key in inner.keys {
             key_text(text, key, &format!("{indent}    "));
         }
@@ -190,7 +190,10 @@ mod tests {
                 assert!(text.contains(key.name) && text.contains(key.doc), "{}", key.name);
                 assert!(schema.contains(key.doc), "{}", key.name);
                 match &key.shape {
-                    Shape::Table(inner) | Shape::Lift(inner) | Shape::Named(inner, _) => {
+                    Shape::Table(inner)
+                    | Shape::Lift(inner)
+                    | Shape::Named(inner, _)
+                    | Shape::List(Shape::Lift(inner)) => {
                         walk(inner, text, schema);
                     }
                     _ => {}

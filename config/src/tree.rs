@@ -175,6 +175,9 @@ impl Node {
         }
         match (&mut self.kind, shape) {
             (Kind::Table(table), Shape::Table(shape) | Shape::Lift(shape)) => table.lift(shape),
+            (Kind::Array(items), Shape::List(shape)) => {
+                items.iter_mut().for_each(|item| item.lift(shape));
+            }
             (Kind::Table(table), Shape::Named(shape, _)) => {
                 for entry in &mut table.entries {
                     entry.value.lift(&Shape::Table(shape));

@@ -173,9 +173,15 @@ impl<'a> Value<'a> {
 
     /// The items of a list of tables, as readers; `None` for an item of another type.
     pub(crate) fn tables(&self) -> impl Iterator<Item = Option<Reader<'a>>> {
-        let (Shape::List(Shape::Table(shape)), Kind::Array(items)) = (self.shape, &self.node.kind)
-        else {
+        let Shape::List(Shape::Table(shape) | Shape::Lift(shape)) = self.shape else {
             panic!("`{}` is not a list of tables", self.path);
+        };
+        let items = match &self.node.kind {
+            Kind::Array(items) => items.as_slice(),
+            _ => {
+                self.misfit(Some("put it in brackets: [...]".to_owned()));
+                &[]
+            }
         };
         items.iter().map(move |item| match &item.kind {
             Kind::Table(table) => {

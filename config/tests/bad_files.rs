@@ -100,7 +100,19 @@ fn topologies_that_do_not_add_up() {
 
 #[test]
 fn boot() {
-    expect("[boot]\ninitrd = \"x\"", &[(2, 10, "takes no initrd", "add `kernel = ...`")]);
+    expect("[boot]\ninitrd = \"x\"", &[(2, 1, "takes no initrd", "add `kernel = ...`")]);
+    expect("[boot]\nmodules = [\"x\"]", &[(2, 1, "takes no modules", "add `kernel = ...`")]);
+    expect(
+        "[boot]\nkernel = \"k\"\nmultiboot = \"m\"",
+        &[(3, 1, "`boot.kernel` and `boot.multiboot` exclude each other", "leave the other out")],
+    );
+    let modules = |list: &str| format!("[boot]\nmultiboot = \"k\"\nmodules = {list}");
+    expect(&modules("\"x\""), &[(3, 11, "`boot.modules` must be [PATH", "brackets")]);
+    expect(&modules("[3]"), &[(3, 12, "`boot.modules.path` must be PATH", "quotes")]);
+    expect(&modules("[{ cmdline = \"a\" }]"), &[(3, 12, "`boot.modules.path` is missing", "add")]);
+    expect(&modules("[{ path = \"a\", args = 1 }]"), &[(3, 27, "unknown key", "known here")]);
+    expect(&modules("[{ path = \"a\", cmdline = \"\\u0000\" }]"), &[(3, 37, "NUL", "")]);
+    expect(&modules(&format!("[{}]", "\"m\",".repeat(65))), &[(3, 1, "65 modules are", "")]);
     expect("[boot]\nkernel = \"\"", &[(2, 10, "is not a path", "")]);
     expect("[boot]\nkernel = \"a\\u0000b\"", &[(2, 10, "is not a path", "")]);
     expect("[boot]\nkernel = \"k\"\ncmdline = \"a\\u0000\"", &[(3, 11, "NUL", "")]);

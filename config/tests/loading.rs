@@ -65,7 +65,7 @@ fn three_lines_are_a_machine() {
     let plan =
         loads("boot.kernel = \"vmlinux\"\ndisk.root.path = \"root.img\"\nmachine.memory = \"1G\"")
             .plan;
-    assert_eq!(plan.boot.kernel.unwrap(), Path::new("/base/vmlinux"));
+    assert_eq!(plan.boot.kernel, Some(Kernel::Native("/base/vmlinux".into())));
     assert_eq!(plan.disks[0].source, DiskSource::File("/base/root.img".into()));
     assert_eq!(
         (plan.disks[0].queues.as_slice(), plan.machine.memory),
@@ -100,6 +100,7 @@ fn everything_can_be_said() {
         [boot]
         kernel = "k"
         initrd = "/i"
+        modules = ["m", { path = "/n n", cmdline = 'a "b"' }]
         cmdline = "a='b' \"c\"\t"
         [vcpu]
         affinity = "1:1@10-20"
@@ -150,7 +151,9 @@ fn everything_can_be_said() {
     assert_eq!((plan.machine.memory, plan.machine.hugepages), (2 << 30, Some(1 << 30)));
     assert_eq!(plan.machine.topology.sockets, 2);
     assert_eq!(plan.boot.cmdline, "a='b' \"c\"\t");
-    assert_eq!(plan.boot.initrd.as_deref(), Some(Path::new("/i")));
+    let modules: Vec<_> =
+        plan.boot.modules.iter().map(|it| (it.path.to_str().unwrap(), &*it.cmdline)).collect();
+    assert_eq!(modules, [("/i", ""), ("/base/m", ""), ("/n n", "a \"b\"")]);
     let pins: Vec<_> =
         plan.vcpus.iter().map(|vcpu| vcpu.cpus.as_ref().unwrap().to_string()).collect();
     assert_eq!(pins, ["10", "8,72", "8,72", "13"]);

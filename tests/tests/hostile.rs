@@ -8,7 +8,7 @@ use tests::machine::{Machine, Running, text};
 use tests::payload::{self, elf, layout};
 use tests::program::heddle;
 use vmm::acpi::Description;
-use vmm::boot::{self, Boot, BootError, Entry, Kernel};
+use vmm::boot::{Boot, BootError, Entry, Protocol, Source};
 use vmm::memory;
 
 const INVALID: i32 = 3;
@@ -194,9 +194,14 @@ fn loader() -> impl Fn(&[u8]) -> Result<Entry, BootError> {
     let memory = memory::allocate(64 << 20, None).unwrap();
     move |bytes| {
         let began = Instant::now();
-        let boot = Boot { kernel: Kernel::Bytes(bytes), initrd: None, cmdline: "" };
-        let loaded =
-            boot::load(&memory, boot, &Description { apic_ids: &[0], ..Default::default() });
+        let boot = Boot {
+            protocol: Protocol::Native,
+            kernel: Source::Bytes("kernel", bytes),
+            modules: Vec::new(),
+            cmdline: "".into(),
+        };
+        let machine = Description { apic_ids: &[0], ..Description::default() };
+        let loaded = boot.load(&memory, &machine);
         assert!(began.elapsed() < Duration::from_secs(5), "{:?}: {loaded:?}", began.elapsed());
         loaded
     }

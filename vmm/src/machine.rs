@@ -23,7 +23,7 @@ use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_pit_config};
 use kvm_ioctls::{Kvm, VmFd};
 
 use crate::acpi::Description;
-use crate::boot::{self, Boot, BootError, Kernel};
+use crate::boot::{self, Boot, BootError};
 use crate::cpuid::{self, Topology};
 use crate::ending::Ending;
 use crate::irq::{KvmIrq, KvmLine};
@@ -134,7 +134,7 @@ impl Machine {
         let serials: Vec<usize> = plan.serials.iter().map(port_number).collect();
         let description =
             Description { apic_ids: &apic_ids, serials: &serials, pci: true, mmio: &[] };
-        let entry = load(plan, &memory, &description)?;
+        let entry = Boot::of(plan).load(&memory, &description)?;
         timing.lap("kernel");
         let shared = Arc::new(vcpu::Shared {
             ports: Arc::clone(&parts.ports),
@@ -213,22 +213,6 @@ fn create_vm(kvm: &Kvm) -> Result<Arc<VmFd>, HostError> {
     let pit = kvm_pit_config { flags: kvm_bindings::KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(pit).map_err(step("KVM_CREATE_PIT2"))?;
     Ok(Arc::new(vm))
-}
-
-fn load(plan: &Plan, memory: &Mem, machine: &Description<'_>) -> Result<boot::Entry, HostError> {
-    let plan::Boot { kernel, initrd, cmdline } = &plan.boot;
-    let mut cmdline = cmdline.clone();
-    let kernel = match kernel {
-        Some(path) => Kernel::File(path),
-        None => {
-            if plan.machine.debug_exit {
-                cmdline += " debug-exit";
-            }
-            Kernel::Bytes(BUILT_IN_GUEST)
-        }
-    };
-    let boot = Boot { kernel, initrd: initrd.as_deref(), cmdline: &cmdline };
-    Ok(boot::load(memory, boot, machine)?)
 }
 
 /// Which of the four serial ports this is, 0 for COM1.
@@ -366,7 +350,7 @@ impl<'a> Parts<'a> {
             let cpuid = cpuid::for_vcpu(&supported, topology, *apic_id);
             fd.set_cpuid2(&cpuid).map_err(step("KVM_SET_CPUID2"))?;
             if nth == 0 {
-                boot::enter(&fd, entry).map_err(step("KVM_SET_SREGS"))?;
+                entry.enter(&fd).map_err(step("KVM_SET_SREGS"))?;
             }
             let (start, wait): (Sender<()>, Receiver<()>) = channel();
             let spec = ThreadSpec {

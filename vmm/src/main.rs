@@ -6,14 +6,17 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
+use config::plan::Plan;
 use config::{Diagnostics, Host, Problem, Severity};
 use vmm::cli::{Check, Cli, Command, Explain};
-use vmm::{bench, run};
+use vmm::{bench, boot, run};
 
 /// Exit codes of commands that run no machine; those of a machine are in `vmm::ending`.
 const INTERNAL: u8 = 1;
 const INVALID: u8 = 3;
 const HOST: u8 = 4;
+/// Code of a problem with a boot file, see `config::check_host`.
+const BOOT_FILE: &str = "H02";
 
 fn main() -> ExitCode {
     let code = match Cli::parse().command {
@@ -80,7 +83,10 @@ fn check(options: &Check) -> u8 {
     let mut problems = Vec::new();
     if options.host {
         match Host::live() {
-            Ok(host) => problems = config::check_host(&loaded.plan, &host),
+            Ok(host) => {
+                problems = config::check_host(&loaded.plan, &host);
+                problems.extend(bad_kernel(&loaded.plan, &problems));
+            }
             Err(error) => {
                 eprintln!("heddle: {error}");
                 return HOST;
@@ -101,6 +107,15 @@ fn check(options: &Check) -> u8 {
         }
     }
     if bad { HOST } else { 0 }
+}
+
+/// What is wrong inside the kernel and its modules, if their files can be read at all.
+fn bad_kernel(plan: &Plan, known: &[Problem]) -> Option<Problem> {
+    if known.iter().any(|problem| problem.code == BOOT_FILE) {
+        return None;
+    }
+    let message = boot::inspect(plan).err()?.to_string();
+    Some(Problem { code: BOOT_FILE, severity: Severity::Error, message, hint: None })
 }
 
 fn say(problem: &Problem) {

@@ -1,7 +1,7 @@
 //! `[machine]` and `[boot]`.
 
 use crate::keys::MAX_VCPUS;
-use crate::plan::{Boot, Machine, Topology};
+use crate::plan::{Boot, Kernel, Machine, Module, Topology};
 use crate::reader::Reader;
 use crate::units::format_size;
 
@@ -11,6 +11,7 @@ const PIECE: u64 = 2 << 20;
 const MOST_MEMORY: u64 = 64 << 40;
 const DEFAULT_MEMORY: u64 = 256 << 20;
 const LONGEST_CMDLINE: usize = 4095;
+const MOST_MODULES: usize = 64;
 
 /// The machine and the number of its vCPUs.
 pub(super) fn machine(table: &Reader<'_>) -> (Machine, u32) {
@@ -75,14 +76,47 @@ fn topology(cpus: &Reader<'_>) -> Topology {
 }
 
 pub(super) fn boot(table: &Reader<'_>) -> Boot {
-    let kernel = table.value("kernel").and_then(|value| value.path());
-    let initrd = table.value("initrd").and_then(|value| {
-        if !table.has("kernel") {
-            value
-                .error("the built-in guest takes no initrd", Some("add `kernel = ...`".to_owned()));
+    let kernel = kernel(table);
+    let initrd = table.value("initrd").and_then(|value| value.path());
+    let initrd = initrd.map(|path| Module { path, cmdline: String::new() });
+    let mut modules: Vec<Module> = initrd.into_iter().collect();
+    if let Some(list) = table.value("modules") {
+        modules.extend(list.tables().flatten().filter_map(|table| module(&table)));
+    }
+    let takes_modules = table.has("kernel") || table.has("multiboot");
+    for key in ["initrd", "modules"] {
+        if table.has(key) && !takes_modules {
+            let message = format!("the built-in guest takes no {key}");
+            table.report.error(table.loc_of(key), message, Some("add `kernel = ...`".to_owned()));
         }
-        value.path()
-    });
+    }
+    if modules.len() > MOST_MODULES {
+        let message = format!("{} modules are too many, the most is {MOST_MODULES}", modules.len());
+        table.report.error(table.loc_of("modules"), message, None);
+    }
+    Boot { kernel, modules, cmdline: cmdline(table) }
+}
+
+fn kernel(table: &Reader<'_>) -> Option<Kernel> {
+    let native = table.value("kernel").and_then(|value| value.path());
+    let multiboot = table.value("multiboot").and_then(|value| value.path());
+    if table.has("kernel") && table.has("multiboot") {
+        table.report.error(
+            table.loc_of("multiboot"),
+            "`boot.kernel` and `boot.multiboot` exclude each other",
+            Some("a bzImage or a PVH ELF is a `kernel`; leave the other out".to_owned()),
+        );
+    }
+    native.map(Kernel::Native).or(multiboot.map(Kernel::Multiboot))
+}
+
+fn module(table: &Reader<'_>) -> Option<Module> {
+    let path = table.value("path").and_then(|value| value.path());
+    let cmdline = cmdline(table);
+    Some(Module { path: path?, cmdline })
+}
+
+fn cmdline(table: &Reader<'_>) -> String {
     let cmdline = table.value("cmdline").and_then(|value| {
         let fits = |text: &str| match text {
             _ if text.contains('\0') => Err("has a NUL in it"),
@@ -91,5 +125,5 @@ pub(super) fn boot(table: &Reader<'_>) -> Boot {
         };
         value.parse(fits, |_| None)
     });
-    Boot { kernel, initrd, cmdline: cmdline.unwrap_or_default() }
+    cmdline.unwrap_or_default()
 }
