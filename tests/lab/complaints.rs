@@ -73,7 +73,7 @@ pub fn run(with: &With, only: &Only) -> Result<bool> {
     for transport in only.transports() {
         for kernel in only.kernels() {
             let guest = Guest { cpus: CPUS, place: Place::Main, transport, kernel, reboots: false };
-            let toml = guest.toml("check", MIB, "256M");
+            let toml = guest.toml("check", "256M", &with.append);
             let limit = Duration::from_secs(150);
             jobs.push(Job::heddle(&guest.name(), toml, Some(image.clone()), limit));
         }
@@ -118,7 +118,7 @@ fn in_qemu(kit: &Kit) -> Result<String> {
         .arg(kit.path("vmlinuz"))
         .arg("-initrd")
         .arg(kit.path("l2.cpio"))
-        .args(["-append", &guest::cmdline("check", MIB, "poweroff"), "-drive"])
+        .args(["-append", &guest::cmdline("check", "poweroff", ""), "-drive"])
         .arg(format!("if=none,id=disk,format=raw,file={}", image.display()))
         .args(["-device", "virtio-blk-pci,drive=disk,disable-legacy=on"]);
     let said = kit::run(&mut qemu)?;

@@ -14,10 +14,9 @@ pub const VMLINUZ: &str = "/lab/vmlinuz";
 pub const INITRD: &str = "/lab/initrd";
 
 /// The guest's command line.
-pub fn cmdline(what: &str, mib: u32, end: &str) -> String {
-    format!(
-        "console=ttyS0 quiet panic=-1 mitigations=off LAB_DO={what} LAB_MIB={mib} LAB_END={end}"
-    )
+pub fn cmdline(what: &str, end: &str, more: &str) -> String {
+    let line = "console=ttyS0 quiet panic=-1 mitigations=off";
+    format!("{line} LAB_DO={what} LAB_END={end} {more}").trim_end().to_owned()
 }
 
 /// Makes a disk with an ext4 that has one file, `source`, of `mib` MiB, and room for a copy of it.
@@ -93,10 +92,15 @@ impl Disk<'_> {
         File::open(&out).at(format_args!("{name} on the guest's disk"))
     }
 
-    /// Takes a directory out of it, with all below.
-    pub fn take(&self, name: &str, into: &Path) -> Result<()> {
+    /// Takes directories out of it, with all below. Those that are there already are replaced.
+    pub fn take(&self, names: &[String], into: &Path) -> Result<()> {
         fs::create_dir_all(into).at(into.display())?;
-        let request = format!("rdump {name} {}", into.display());
-        run(program("debugfs").arg("-R").arg(request).arg(self.0)).map(drop)
+        for name in names {
+            let path = Path::new(name);
+            let _ = fs::remove_dir_all(into.join(path.file_name().unwrap_or_default()));
+            let request = format!("rdump {name} {}", into.display());
+            run(program("debugfs").arg("-R").arg(request).arg(self.0))?;
+        }
+        Ok(())
     }
 }

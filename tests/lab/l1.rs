@@ -166,11 +166,12 @@ impl<'a> L1<'a> {
             // It was cut off.
             let _ = kit::run(kit::program("e2fsck").arg("-fy").arg(&disk));
         }
-        Disk(&disk).take("/lab/job", into)?;
+        let names = jobs[..codes.len()].iter().map(|job| format!("/lab/job/{}", job.name));
+        Disk(&disk).take(&names.collect::<Vec<_>>(), into)?;
         let outcome = |(nth, (code, seconds)): (usize, (Option<i32>, u64))| Outcome {
             code,
             seconds,
-            files: into.join("job").join(&jobs[nth].name),
+            files: into.join(&jobs[nth].name),
         };
         Ok(codes.into_iter().enumerate().map(outcome).collect())
     }

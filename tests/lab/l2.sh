@@ -1,7 +1,7 @@
 #!/bin/busybox sh
 # L2: the guest. What it is to do comes as variables on the kernel's command line: LAB_DO (check,
-# shell, measure), LAB_MIB, LAB_END. It says as little as it can on the console, where each byte is an exit, and
-# leaves its files on the disk.
+# measure, shell), LAB_END (reboot, or else power-off). It says as little as it can on the console,
+# where each byte is an exit, and leaves its files on the disk.
 echo "LAB init"
 /bin/busybox --install -s /bin
 mount -t proc proc /proc

@@ -60,6 +60,9 @@ struct With {
     /// Keep the files of the run (consoles, reports, logs of the guests) in this directory
     #[arg(long, value_name = "DIR", global = true)]
     keep: Option<PathBuf>,
+    /// Add this to the guests' kernel command line, for example pci=noacpi
+    #[arg(long, value_name = "TEXT", default_value = "", global = true)]
+    append: String,
     /// For programs: one JSON object on standard output, all else on standard error
     #[arg(long, global = true)]
     json: bool,

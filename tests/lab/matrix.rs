@@ -128,8 +128,8 @@ impl Guest {
         [place, transport, kernel, if self.reboots { "reboot" } else { "poweroff" }]
     }
 
-    /// Its machine file. It does `what` with its disk.
-    pub fn toml(&self, what: &str, mib: u32, memory: &str) -> String {
+    /// Its machine file. It does `what` with its disk; `more` goes on its command line.
+    pub fn toml(&self, what: &str, memory: &str, more: &str) -> String {
         let [place, _, _, end] = self.words();
         let transport = match self.transport {
             Transport::Pci => "",
@@ -139,7 +139,7 @@ impl Guest {
             Kernel::Elf => VMLINUX,
             Kernel::BzImage => VMLINUZ,
         };
-        let cmdline = guest::cmdline(what, mib, end);
+        let cmdline = guest::cmdline(what, end, more);
         let mut toml = format!(
             "[machine]\nmemory = \"{memory}\"\ncpus = {}\n{transport}\n\
              [boot]\nkernel = \"{kernel}\"\ninitrd = \"{INITRD}\"\ncmdline = \"{cmdline}\"\n\n",
@@ -216,7 +216,7 @@ pub fn run(with: &With, choice: &Choice, extent: Extent) -> Result<bool> {
         .into_iter()
         .filter(|guest| choice.filter.as_ref().is_none_or(|text| guest.name().contains(text)))
         .map(|guest| {
-            let toml = guest.toml("check", mib, "256M");
+            let toml = guest.toml("check", "256M", &with.append);
             let limit = Duration::from_secs(choice.limit);
             let job = Job::heddle(&guest.name(), toml, Some(image.clone()), limit);
             let expect = Expect {
@@ -424,7 +424,7 @@ mod tests {
     fn heddle_understands_the_machine_files() {
         let only = Only { only: vec![Kind::Pci, Kind::Elf] };
         for guest in guests(&only, Extent::All) {
-            let toml = guest.toml("check", 8, "256M");
+            let toml = guest.toml("check", "256M", "");
             let loaded = config::load_str(&toml, "vm.toml").map_err(|bad| bad.render(false));
             assert_eq!(loaded.unwrap().plan.vcpus.len(), guest.cpus as usize, "{toml}");
         }
