@@ -65,8 +65,10 @@ impl Archive {
 mod tests {
     use super::*;
 
-    /// Reads an archive back: name, mode, device, bytes.
-    fn read(mut bytes: &[u8]) -> Vec<(String, u32, (u32, u32), Vec<u8>)> {
+    /// Name, mode, device, bytes.
+    type Entry = (String, u32, (u32, u32), Vec<u8>);
+
+    fn read(mut bytes: &[u8]) -> Vec<Entry> {
         let mut entries = Vec::new();
         loop {
             assert_eq!(&bytes[..6], b"070701");

@@ -56,7 +56,7 @@ pub fn program(name: &str) -> Command {
 fn install() -> Result<()> {
     let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
     let there = |name: &&str| path.split(':').any(|part| Path::new(part).join(name).exists());
-    let missing = PROGRAMS.iter().filter(|(name, _)| !there(&name));
+    let missing = PROGRAMS.iter().filter(|(name, _)| !there(name));
     let mut packages: Vec<&str> = missing.map(|(_, package)| *package).collect();
     packages.dedup();
     if packages.is_empty() {
@@ -204,7 +204,9 @@ fn unpack(kit: &Path, package: &str) -> Result<()> {
     let boot = all.join("boot");
     let mut names = fs::read_dir(&boot).at(boot.display())?.flatten().map(|entry| entry.path());
     let vmlinuz = names
-        .find(|path| path.file_name().unwrap_or_default().as_encoded_bytes().starts_with(b"vmlinuz"))
+        .find(|path| {
+            path.file_name().unwrap_or_default().as_encoded_bytes().starts_with(b"vmlinuz")
+        })
         .ok_or("the kernel's package has no vmlinuz")?;
     let bytes = fs::read(&vmlinuz).at(vmlinuz.display())?;
     say("unpacking the ELF in its bzImage");

@@ -153,8 +153,8 @@ impl<'a> L1<'a> {
         drop(machine);
         if codes.len() < jobs.len() {
             let last = why.unwrap_or_else(|| "L1 ended before its jobs".to_owned());
-            let console = String::from_utf8_lossy(&fs::read(&console).unwrap_or_default())
-                .into_owned();
+            let console =
+                String::from_utf8_lossy(&fs::read(&console).unwrap_or_default()).into_owned();
             let tail: Vec<&str> = console.lines().rev().take(20).collect();
             let tail: Vec<&str> = tail.into_iter().rev().collect();
             if codes.is_empty() && began == 0 {
@@ -192,7 +192,11 @@ impl<'a> L1<'a> {
             let said = |nth: usize, code: Option<i32>, seconds: u64| {
                 let name = &left[nth].name;
                 let code = code.map_or("lost".to_owned(), |code| format!("exit {code}"));
-                kit::say(&format!("{:>3}/{} {name}: {code} after {seconds} s", done + nth + 1, jobs.len()));
+                kit::say(&format!(
+                    "{:>3}/{} {name}: {code} after {seconds} s",
+                    done + nth + 1,
+                    jobs.len()
+                ));
             };
             let outcomes = self.boot(left, into, &scratch, said)?;
             let count = outcomes.len();
@@ -229,11 +233,8 @@ struct Machine {
 
 impl Machine {
     fn start(qemu: &mut Command) -> Result<Self> {
-        let mut child = qemu
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .at("qemu-system-x86_64")?;
+        let mut child =
+            qemu.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().at("qemu-system-x86_64")?;
         let stdout = child.stdout.take().ok_or("no pipe")?;
         let (sender, lines) = channel();
         std::thread::spawn(move || {

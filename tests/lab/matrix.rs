@@ -38,12 +38,14 @@ impl Only {
     }
 
     pub fn transports(&self) -> Vec<Transport> {
-        let all = [(Transport::Pci, Kind::Pci, Kind::Mmio), (Transport::Mmio, Kind::Mmio, Kind::Pci)];
+        let all =
+            [(Transport::Pci, Kind::Pci, Kind::Mmio), (Transport::Mmio, Kind::Mmio, Kind::Pci)];
         all.iter().filter(|(_, one, other)| self.allows(*one, *other)).map(|all| all.0).collect()
     }
 
     pub fn kernels(&self) -> Vec<Kernel> {
-        let all = [(Kernel::Elf, Kind::Elf, Kind::Bzimage), (Kernel::BzImage, Kind::Bzimage, Kind::Elf)];
+        let all =
+            [(Kernel::Elf, Kind::Elf, Kind::Bzimage), (Kernel::BzImage, Kind::Bzimage, Kind::Elf)];
         all.iter().filter(|(_, one, other)| self.allows(*one, *other)).map(|all| all.0).collect()
     }
 }
@@ -153,9 +155,7 @@ impl Guest {
                 (0..self.cpus).for_each(|nth| toml += &format!("[thread.io{nth}]\n"));
                 toml += disk;
                 for nth in 0..self.cpus {
-                    toml += &format!(
-                        "[[disk.data.place]]\nqueues = \"{nth}\"\non = \"io{nth}\"\n"
-                    );
+                    toml += &format!("[[disk.data.place]]\nqueues = \"{nth}\"\non = \"io{nth}\"\n");
                 }
             }
         }
@@ -243,7 +243,11 @@ pub fn run(with: &With, choice: &Choice, extent: Extent) -> Result<bool> {
         if round > 0 {
             for row in &mut left {
                 row.retries = round;
-                kit::say(&format!("retry {round} of {}: {}", row.guest.name(), row.faults.join("; ")));
+                kit::say(&format!(
+                    "retry {round} of {}: {}",
+                    row.guest.name(),
+                    row.faults.join("; ")
+                ));
             }
         }
         at_once(with, &kit, &heddle, left, choice.l1s as usize)?;
@@ -253,13 +257,7 @@ pub fn run(with: &With, choice: &Choice, extent: Extent) -> Result<bool> {
 }
 
 /// Deals the jobs out to several L1.
-fn at_once(
-    with: &With,
-    kit: &Kit,
-    heddle: &Path,
-    rows: Vec<&mut Row>,
-    l1s: usize,
-) -> Result<()> {
+fn at_once(with: &With, kit: &Kit, heddle: &Path, rows: Vec<&mut Row>, l1s: usize) -> Result<()> {
     let mut hands: Vec<Vec<&mut Row>> = Vec::new();
     hands.resize_with(l1s.min(rows.len()), Vec::new);
     let count = hands.len();
@@ -358,20 +356,17 @@ fn report(with: &With, kit: &Kit, rows: &[Row], took: Duration) {
         all - failed,
         took.as_secs()
     );
-    let left_out: BTreeSet<&str> = [
-        (Transport::Mmio, "mmio"),
-        (Transport::Pci, "pci"),
-    ]
-    .into_iter()
-    .filter(|(transport, _)| rows.iter().all(|row| row.guest.transport != *transport))
-    .map(|(_, name)| name)
-    .chain(
-        [(Kernel::BzImage, "bzimage"), (Kernel::Elf, "elf")]
-            .into_iter()
-            .filter(|(kernel, _)| rows.iter().all(|row| row.guest.kernel != *kernel))
-            .map(|(_, name)| name),
-    )
-    .collect();
+    let left_out: BTreeSet<&str> = [(Transport::Mmio, "mmio"), (Transport::Pci, "pci")]
+        .into_iter()
+        .filter(|(transport, _)| rows.iter().all(|row| row.guest.transport != *transport))
+        .map(|(_, name)| name)
+        .chain(
+            [(Kernel::BzImage, "bzimage"), (Kernel::Elf, "elf")]
+                .into_iter()
+                .filter(|(kernel, _)| rows.iter().all(|row| row.guest.kernel != *kernel))
+                .map(|(_, name)| name),
+        )
+        .collect();
     if !left_out.is_empty() {
         println!("not run at all: {}", left_out.into_iter().collect::<Vec<_>>().join(", "));
     }
@@ -425,7 +420,8 @@ mod tests {
         let only = Only { only: vec![Kind::Pci, Kind::Elf] };
         for guest in guests(&only, Extent::All) {
             let toml = guest.toml("check", "256M", "");
-            let loaded = config::load_str(&toml, "vm.toml").map_err(|bad| bad.render(false));
+            let loaded = config::load_str("vm.toml", &toml, Path::new("."), &[])
+                .map_err(|bad| bad.render(false));
             assert_eq!(loaded.unwrap().plan.vcpus.len(), guest.cpus as usize, "{toml}");
         }
     }
