@@ -1,0 +1,70 @@
+# L1: runs heddle with a guest that does `measure`, and reads KVM's counters (sums over the guests
+# that live) and the clock when the guest has come to certain lines. Leaves lines "WHEN NAME VALUE"
+# in `counts`. STOP and TRACE are set above.
+kvm=/sys/kernel/debug/kvm
+events=/sys/kernel/tracing/events/kvm
+return=$(printf '\r')
+
+count() {
+    for name in exits host_state_reload io_exits mmio_exits halt_exits irq_exits irq_injections; do
+        read -r value <$kvm/$name && echo "$1 $name $value"
+    done
+}
+
+# Nanoseconds; with -icount each is an instruction, or the wait for a timer while L1 is idle.
+clock() {
+    while read -r now at ns rest; do
+        [ "$now $at" = "now at" ] && echo "$1 ns $ns" && break
+    done </proc/timer_list
+    read -r up idle </proc/uptime
+    echo "$1 idle-s $idle"
+}
+
+private() {
+    awk '/^[0-9a-f]+-[0-9a-f]+ / { guest = /heddle-guest/ }
+         /^Private_/ && !guest { kib += $2 }
+         END { print "idle private-kib " kib }' /proc/$heddle/smaps
+    # The largest ones, for people.
+    awk '/^[0-9a-f]+-[0-9a-f]+ / { guest = /heddle-guest/; name = $1 " " $2 " " $6 }
+         /^Private_/ && !guest && $2 > 64 { print $2, $1, name }' /proc/$heddle/smaps |
+        sort -rn >smaps
+}
+
+histogram() {
+    echo "hist:keys=$2" >$events/$1/trigger
+}
+
+if [ $TRACE = yes ]; then
+    histogram kvm_pio rw,port.hex
+    histogram kvm_mmio type,gpa.hex
+    histogram kvm_exit exit_reason.hex
+    histogram kvm_userspace_exit reason
+    histogram kvm_msr write,ecx.hex
+fi
+mkfifo /tmp/console.$$
+clock start >counts
+/lab/heddle run vm.toml --timeout 400s >/tmp/console.$$ 2>stderr.txt </dev/null &
+heddle=$!
+while read -r line; do
+    echo "$line" >>console.txt
+    set -- ${line%$return}
+    [ "$1" = LAB ] || continue
+    case $2 in
+    init) clock init && count init ;;
+    ready)
+        count ready
+        if [ $TRACE = yes ]; then
+            for event in kvm_pio kvm_mmio kvm_exit kvm_userspace_exit kvm_msr; do
+                cat $events/$event/hist >$event
+                echo '!'$(grep -v '^#' $events/$event/trigger | head -n 1) >$events/$event/trigger
+            done
+        fi
+        ;;
+    idle) private ;;
+    begin | end) count "$3-$2" ;;
+    esac >>counts
+    [ "$2" = "$STOP" ] && kill $heddle
+done </tmp/console.$$
+wait $heddle
+[ -n "$STOP" ] || exit $?
+exit 0
