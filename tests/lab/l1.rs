@@ -278,10 +278,9 @@ pub fn boot(with: &With, file: &Path, set: &[String], memory: u32) -> Result<boo
     let here = std::path::absolute(file).at(file.display())?;
     let beside = here.parent().unwrap_or(Path::new("/")).to_owned();
     let plan = &loaded.plan;
-    let mut named: Vec<PathBuf> = [&plan.boot.kernel, &plan.boot.initrd]
-        .into_iter()
-        .filter_map(|path| path.clone())
-        .collect();
+    let kernel = plan.boot.kernel.iter().map(|kernel| kernel.path().to_owned());
+    let modules = plan.boot.modules.iter().map(|module| module.path.clone());
+    let mut named: Vec<PathBuf> = kernel.chain(modules).collect();
     named.extend(plan.disks.iter().filter_map(|disk| match &disk.source {
         DiskSource::File(path) | DiskSource::FileOrCreate(path, _) => Some(path.clone()),
         DiskSource::Scratch(_) => None,
