@@ -110,8 +110,8 @@ fn boot() {
     expect(&modules("\"x\""), &[(3, 11, "`boot.modules` must be [PATH", "brackets")]);
     expect(&modules("[3]"), &[(3, 12, "`boot.modules.path` must be PATH", "quotes")]);
     expect(&modules("[{ cmdline = \"a\" }]"), &[(3, 12, "`boot.modules.path` is missing", "add")]);
-    expect(&modules("[{ path = \"a\", args = 1 }]"), &[(3, 27, "unknown key", "known here")]);
-    expect(&modules("[{ path = \"a\", cmdline = \"\\u0000\" }]"), &[(3, 37, "NUL", "")]);
+    expect(&modules("[{ path = \"a\", args = 1 }]"), &[(3, 26, "unknown key", "known here")]);
+    expect(&modules("[{ path = \"a\", cmdline = \"\\u0000\" }]"), &[(3, 36, "NUL", "")]);
     expect(&modules(&format!("[{}]", "\"m\",".repeat(65))), &[(3, 1, "65 modules are", "")]);
     expect("[boot]\nkernel = \"\"", &[(2, 10, "is not a path", "")]);
     expect("[boot]\nkernel = \"a\\u0000b\"", &[(2, 10, "is not a path", "")]);

@@ -358,6 +358,9 @@ fn other_files_and_limits() {
             && found[0].2.ends_with("/i: no such file or directory"),
         "{found:?}"
     );
+    let found = problems("[boot]\nmultiboot = \"no\"\nmodules = [\"k\", \"m\"]", &dir, &host);
+    let wrong: Vec<_> = found.iter().map(|problem| problem.2.as_str()).collect();
+    assert!(wrong.len() == 2 && wrong[0].contains("/no:") && wrong[1].contains("/m:"), "{wrong:?}");
     let found = problems("[boot]\nkernel = \"/dev/zero\"", &dir, &host);
     assert!(found[0].2.contains("is a character device"), "{found:?}");
     for (out, wrong) in

@@ -38,6 +38,8 @@ payloads! {
     acpi_reset = payload_acpi_reset;
     /// Sends what it finds on PCI, see [`PciFunction`], and powers off.
     pci = payload_pci;
+    /// Started by Multiboot: sends what it got by COM1, see [`parts`], and ends by debug-exit 5.
+    multiboot = payload_multiboot;
     /// Starts a second CPU; sends "A" from that and then "B" from the first, and powers off.
     two_cpus = payload_two_cpus;
 }
@@ -58,6 +60,25 @@ pub fn port_writes(writes: &[(u16, usize, u32)]) -> Vec<u8> {
     }
     code.extend([0xfa, 0xf4, 0xeb, 0xfc]); // cli; hlt; back to cli
     code
+}
+
+/// Understands the output of [`multiboot`]: EAX, then command line, string and content of each
+/// module, boot loader's name, memory map.
+pub fn parts(mut said: &[u8]) -> (u32, Vec<&[u8]>) {
+    let long = |said: &mut &[u8]| {
+        let (bytes, rest) = said.split_first_chunk().expect("four bytes");
+        *said = rest;
+        u32::from_le_bytes(*bytes)
+    };
+    let eax = long(&mut said);
+    let mut parts = Vec::new();
+    while !said.is_empty() {
+        let length = long(&mut said) as usize;
+        let (part, rest) = said.split_at(length);
+        parts.push(part);
+        said = rest;
+    }
+    (eax, parts)
 }
 
 /// What [`pci`] says of one function.
@@ -151,6 +172,21 @@ pub fn elf(code: &[u8]) -> Vec<u8> {
     file.extend(b"Xen\0");
     put32(&mut file, ENTRY);
     assert_eq!(file.len(), layout::CODE);
+    file.extend(code);
+    file
+}
+
+/// A file with a Multiboot 1 header in front of `code`, whose address fields put all of it at
+/// [`ENTRY`].
+pub fn multiboot_file(code: &[u8]) -> Vec<u8> {
+    const MAGIC: u32 = 0x1bad_b002;
+    const FLAGS: u32 = 1 << 16;
+    const HEADER: u32 = 32;
+    let end = ENTRY + HEADER + code.len() as u32;
+    // magic, flags, checksum, header_addr, load_addr, load_end_addr, bss_end_addr, entry_addr
+    let sum = MAGIC.wrapping_add(FLAGS).wrapping_neg();
+    let header = [MAGIC, FLAGS, sum, ENTRY, ENTRY, end, 0, ENTRY + HEADER];
+    let mut file: Vec<u8> = header.into_iter().flat_map(u32::to_le_bytes).collect();
     file.extend(code);
     file
 }

@@ -84,6 +84,62 @@ payload cmdline
 3:  power_off
 end cmdline
 
+# Started by Multiboot: sends EAX, the command line, each module's string and content, the boot
+# loader's name and the memory map, each with its length in front (32 bits), and ends by debug-exit.
+.macro put_long                         # EAX
+    mov ebp, eax
+    .rept 4
+    mov eax, ebp
+    put_al
+    shr ebp, 8
+    .endr
+.endm
+.macro put_bytes                        # ECX of them from ESI
+    mov eax, ecx
+    put_long
+73: jecxz 74f
+    mov al, [esi]
+    put_al
+    inc esi
+    dec ecx
+    jmp 73b
+74:
+.endm
+.macro put_text                         # from ESI to its NUL
+    xor ecx, ecx
+75: cmp byte ptr [esi + ecx], 0
+    je 76f
+    inc ecx
+    jmp 75b
+76: put_bytes
+.endm
+
+payload multiboot
+    put_long
+    mov esi, [ebx + 16]
+    put_text
+    mov edi, [ebx + 24]
+2:  cmp dword ptr [ebx + 20], 0
+    je 3f
+    mov esi, [edi + 8]
+    put_text
+    mov esi, [edi]
+    mov ecx, [edi + 4]
+    sub ecx, esi
+    put_bytes
+    add edi, 16
+    dec dword ptr [ebx + 20]
+    jmp 2b
+3:  mov esi, [ebx + 64]
+    put_text
+    mov esi, [ebx + 48]
+    mov ecx, [ebx + 44]
+    put_bytes
+    mov al, 5
+    out 0xf4, al
+    stop
+end multiboot
+
 .macro say_ready
     .irpc letter, ready
     mov al, '\letter'

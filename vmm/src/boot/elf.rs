@@ -123,13 +123,14 @@ impl Elf {
     /// What to put where, by physical addresses.
     pub(super) fn pieces(&self, image: &Image<'_>, ram: Ram) -> Result<Vec<Piece>, BootError> {
         let mut pieces: Vec<Piece> = Vec::new();
-        for &Segment { nth, offset, paddr, filesz, memsz, .. } in self.loads() {
+        let loads = self.loads().filter(|segment| segment.memsz > 0);
+        for &Segment { nth, offset, paddr, filesz, memsz, .. } in loads {
             ram.check(paddr, memsz).or_else(|why| {
                 let what = format!("p_paddr {paddr:#x} with p_memsz {memsz:#x}");
                 image.fail(format!("segment {nth}: {what} {why}"))
             })?;
             let meets = |other: &Piece| other.at < paddr + memsz && paddr < other.at + other.room;
-            if memsz > 0 && pieces.iter().any(meets) {
+            if pieces.iter().any(meets) {
                 return image.fail(format!("segment {nth}: p_paddr {paddr:#x} is in another one"));
             }
             pieces.push(Piece { offset, len: filesz, at: paddr, room: memsz });

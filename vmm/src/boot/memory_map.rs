@@ -106,15 +106,16 @@ impl Space {
         self.taken.push(area);
     }
 
-    /// Takes the highest `len` bytes in a row that begin at a page.
+    /// Takes the highest `len` bytes in a row that begin at a page. Nothing has a place, too.
     pub(super) fn take_highest(&mut self, len: u64) -> Option<u64> {
+        let len = len.max(1);
         let mut end = self.end;
         loop {
             let at = end.checked_sub(len)? & !0xfff;
             if at < ONE_MIB {
                 return None;
             }
-            let meets = |area: &&Range<u64>| area.start < at + len.max(1) && at < area.end;
+            let meets = |area: &&Range<u64>| area.start < at + len && at < area.end;
             match self.taken.iter().filter(meets).map(|area| area.start).min() {
                 Some(start) => end = start,
                 None => {
@@ -156,6 +157,14 @@ mod tests {
     }
 
     #[test]
+    fn the_plan_and_the_memory_itself_say_the_same() {
+        for size in [2 * MIB, LOW_RAM_END, LOW_RAM_END + 2 * MIB] {
+            let memory = crate::memory::allocate(size, None).unwrap();
+            assert_eq!(Ram::of(&memory).end, Ram::with_size(size).end);
+        }
+    }
+
+    #[test]
     fn the_map_ascends_and_covers_all_ram() {
         for size in [2 * MIB, 256 * MIB, LOW_RAM_END, LOW_RAM_END + 2 * MIB] {
             let map = Ram::with_size(size).map();
@@ -177,6 +186,7 @@ mod tests {
         assert_eq!(space.take_highest(13 * MIB), None);
         assert_eq!(space.take_highest(12 * MIB), Some(MIB));
         assert_eq!(space.take_highest(u64::MAX), None);
+        assert_eq!(space.take_highest(0), Some(16 * MIB - 3 * 4096));
         let mut low = Space::new(Ram::with_size(16 * MIB), 4 * MIB + 1);
         assert_eq!(low.take_highest(1), Some(4 * MIB));
     }

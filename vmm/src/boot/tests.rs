@@ -227,6 +227,7 @@ fn multiboot_gets_its_information() {
         (multiboot_header(elf64(0x10_0000, 0x10_0001), 0), 0x10_0001, 0x10_0000),
         // A kernel that is linked high and gives its entry there.
         (multiboot_header(elf64(u64::MAX << 20, (u64::MAX << 20) + 3), 0), 0x10_0003, 0x10_0000),
+        (multiboot_header(elf64(u64::MAX << 20, 0x10_0004), 0), 0x10_0004, 0x10_0000),
         (multiboot_flat(), 0x20_0100, 0x20_0100),
     ] {
         let modules: &[(&[u8], &str)] = &[(b"A=1\n", ""), (b"second", "a b")];
@@ -359,6 +360,42 @@ fn the_field_that_is_wrong_is_named_with_its_value() {
         let said = refused(protocol, &file);
         assert!(said.starts_with("kernel: ") && said.contains(why), "not {why:?}: {said}");
     }
+}
+
+#[test]
+fn segments_may_not_overlap_and_may_be_empty() {
+    let mut file = multiboot_header(elf64(0x10_0000, 0x10_0000), 0);
+    put(&mut file, 56, &2u16.to_le_bytes());
+    let mut second = |paddr: u64, memsz: u64| {
+        let header = file[64..120].to_vec();
+        put(&mut file, 120, &header);
+        put(&mut file, 120 + 24, &paddr.to_le_bytes());
+        put(&mut file, 120 + 32, &0u64.to_le_bytes());
+        put(&mut file, 120 + 40, &memsz.to_le_bytes());
+        let memory = memory::allocate(MEMORY, None).unwrap();
+        let loaded = boot(Protocol::Multiboot, &file, &[(b"", "")]).load(&memory, &ONE_CPU);
+        loaded.map(|_| ()).map_err(|error| error.to_string())
+    };
+    assert_eq!(second(0x10_3000, 0x1000), Ok(()));
+    assert_eq!(second(u64::MAX, 0), Ok(()));
+    for paddr in [0x10_2fff, 0x10_0000] {
+        let said = second(paddr, 0x1000).unwrap_err();
+        assert!(said.contains(&format!("segment 1: p_paddr {paddr:#x} is in another")), "{said}");
+    }
+    assert!(second(MEMORY, 1).unwrap_err().contains("machine.memory"));
+}
+
+#[test]
+fn linux_without_init_size_takes_its_own_size() {
+    let mut file = bzimage();
+    put(&mut file, 0x260, &0u32.to_le_bytes());
+    put(&mut file, 0x22c, &0x100_1000u32.to_le_bytes()); // initrd_addr_max
+    let (memory, entry) = loaded(&boot(Protocol::Native, &file, &[(b"initrd", "")]));
+    let Entry::Linux64 { boot_params, .. } = entry else { panic!("{entry:?}") };
+    let page = bytes(&memory, boot_params.into(), 4096);
+    // Not over the kernel, which takes one page.
+    assert_eq!(word(&page, 0x218), 0xff_f000);
+    assert_eq!(bytes(&memory, 0x100_0200, 5), CODE);
 }
 
 #[test]
