@@ -10,6 +10,7 @@ pub mod ending;
 pub mod irq;
 pub mod machine;
 pub mod memory;
+pub mod mmio_slots;
 pub mod run;
 pub mod terminal;
 pub mod timing;

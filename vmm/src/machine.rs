@@ -20,6 +20,7 @@ use devices::legacy::{DebugExit, I8042, PowerPorts, Serial};
 use devices::pci::{BarSpace, ConfigPorts, Ecam, Function, PciRoot};
 use devices::power::Power;
 use devices::virtio::blk::Blk;
+use devices::virtio::mmio::{Socket, VirtioMmio};
 use devices::virtio::pci::{Slots, VirtioPci};
 use devices::virtio::rng::Rng;
 use devices::virtio::seat::Placement;
@@ -34,8 +35,9 @@ use crate::boot::{self, Boot, BootError, Kernel};
 use crate::console::{Line, Sink};
 use crate::cpuid::{self, Topology};
 use crate::ending::Ending;
-use crate::irq::{KvmIrq, KvmLine};
+use crate::irq::{KvmEdge, KvmIrq, KvmLine};
 use crate::memory::{self, BARS, ECAM, KVM_PAGES};
+use crate::mmio_slots::{self, MmioSlot};
 use crate::terminal::output;
 use crate::timing::Timing;
 use crate::vcpu::{self, Vcpu};
@@ -112,6 +114,8 @@ struct Parts {
     root: Arc<PciRoot>,
     slots: Slots,
     space: BarSpace,
+    /// The virtio devices are plugged in as these, instead of as PCI functions.
+    mmio_slots: Option<Vec<MmioSlot>>,
     loops: Vec<(LoopHandle, Thread)>,
     devices: Vec<Arc<dyn Lifecycle>>,
     fallbacks: Vec<Fallback>,
@@ -141,6 +145,7 @@ impl Machine {
         parts.spawn_loops(plan)?;
         timing.lap("loops");
         let lines = parts.add_legacy(plan, to_stderr)?;
+        parts.mmio_slots = (plan.machine.transport == plan::Transport::Mmio).then(Vec::new);
         parts.add_disks(plan)?;
         parts.add_rngs(plan)?;
         timing.lap("devices");
@@ -151,7 +156,7 @@ impl Machine {
         };
         let apic_ids: Vec<u32> =
             (0..plan.vcpus.len() as u32).map(|vcpu| topology.apic_id(vcpu)).collect();
-        let entry = load(plan, &memory, &apic_ids)?;
+        let entry = load(plan, &memory, &apic_ids, parts.mmio_slots.as_deref())?;
         timing.lap("kernel");
         let shared = Arc::new(vcpu::Shared {
             ports: Arc::clone(&parts.ports),
@@ -259,7 +264,12 @@ fn create_vm(kvm: &Kvm) -> Result<Arc<VmFd>, HostError> {
     Ok(Arc::new(vm))
 }
 
-fn load(plan: &Plan, memory: &Mem, apic_ids: &[u32]) -> Result<boot::Entry, HostError> {
+fn load(
+    plan: &Plan,
+    memory: &Mem,
+    apic_ids: &[u32],
+    mmio_slots: Option<&[MmioSlot]>,
+) -> Result<boot::Entry, HostError> {
     let plan::Boot { kernel, initrd, cmdline } = &plan.boot;
     let mut cmdline = cmdline.clone();
     let kernel = match kernel {
@@ -267,6 +277,9 @@ fn load(plan: &Plan, memory: &Mem, apic_ids: &[u32]) -> Result<boot::Entry, Host
         None => {
             if plan.machine.debug_exit {
                 cmdline += " debug-exit";
+            }
+            if let Some(slots @ [_, ..]) = mmio_slots {
+                cmdline = format!("{cmdline} {}", mmio_slots::cmdline(slots));
             }
             Kernel::Bytes(BUILT_IN_GUEST)
         }
@@ -302,6 +315,7 @@ impl Parts {
             root: Arc::new(PciRoot::default()),
             slots,
             space: BarSpace::new(BARS.start, BARS.end),
+            mmio_slots: None,
             loops: Vec::new(),
             devices: Vec::new(),
             fallbacks: Vec::new(),
@@ -462,6 +476,18 @@ impl Parts {
         placements: &[plan::Placement],
     ) -> Result<(), HostError> {
         let placements: Vec<_> = placements.iter().map(|place| self.place(*place)).collect();
+        if let Some(slots) = &mut self.mmio_slots {
+            let slot = MmioSlot::new(slots.len(), name)
+                .map_err(|error| HostError::new("machine.transport", error))?;
+            let line =
+                KvmEdge::new(&self.vm, slot.gsi).map_err(|error| HostError::new(name, error))?;
+            let socket = Socket { base: slot.base, line: Arc::new(line) };
+            let device = VirtioMmio::new(name, device, &placements, &self.slots, socket)
+                .map_err(|error| HostError::new(name, error))?;
+            slots.push(slot);
+            self.devices.push(Arc::new(device));
+            return Ok(());
+        }
         let device = VirtioPci::new(name, device, &placements, &self.slots, &mut self.space)
             .map_err(|error| HostError::new(name, error))?;
         let device = Arc::new(device);
