@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::cpuset::CpuSet;
 use crate::plan::{
     Disk, DiskSource, Engine, Kernel, MAIN, Module, OnReset, Placement, Plan, Sched, SerialOut,
-    Thread, ThreadId, Vcpu, Verdict,
+    Thread, ThreadId, Transport, Vcpu, Verdict,
 };
 use crate::units::{format_size, format_time};
 
@@ -40,6 +40,11 @@ fn write(out: &mut String, plan: &Plan) -> std::fmt::Result {
         topology.cores,
         topology.threads
     )?;
+    let transport = match machine.transport {
+        Transport::Pci => "pci",
+        Transport::Mmio => "mmio",
+    };
+    writeln!(out, "transport = \"{transport}\"")?;
     writeln!(out, "debug-exit = {}", machine.debug_exit)?;
 
     writeln!(out, "\n[boot]")?;

@@ -123,6 +123,12 @@ pub(crate) static ROOT: Table = table(&[
 static MACHINE: Table = table(&[
     key("memory", Lift(&MEMORY), Inside, "The guest's memory."),
     key("cpus", Lift(&CPUS), Inside, "The guest's CPUs."),
+    key(
+        "transport",
+        Words(&["pci", "mmio"]),
+        Value("\"pci\""),
+        "How the guest reaches its virtio devices.",
+    ),
     key("debug-exit", Bool, Value("false"), "A port at 0xf4 where the guest can end the run."),
 ]);
 

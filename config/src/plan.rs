@@ -44,8 +44,20 @@ pub struct Machine {
     pub hugepages: Option<u64>,
     /// What the guest is told about its CPUs. `sockets * dies * cores * threads == vcpus.len()`.
     pub topology: Topology,
+    /// How the guest reaches its virtio devices.
+    pub transport: Transport,
     /// Is there a debug-exit port at 0xf4?
     pub debug_exit: bool,
+}
+
+/// `transport = "pci" | "mmio"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    /// As PCI functions, with a message for each queue.
+    Pci,
+    /// As registers at fixed addresses, with an interrupt line for each device.
+    Mmio,
 }
 
 /// The guest's CPU topology, counts per level.

@@ -39,17 +39,17 @@ fn unknown_keys_and_their_nearest() {
         &[
             (2, 1, "`machine.memroy`", "did you mean `memory`?"),
             (3, 1, "`machine.debug_exit`", "did you mean `debug-exit`?"),
-            (4, 1, "`machine.xyzzy`", "known here: `memory`, `cpus`, `debug-exit`"),
+            (4, 1, "`machine.xyzzy`", "known here: `memory`, `cpus`, `transport`, `debug-exit`"),
         ],
     );
     expect("[disks.a]\nsize = \"1M\"", &[(1, 2, "`disks`", "did you mean `disk`?")]);
     // What later versions will have is no key of this one.
     expect(
-        "[pool.a]\n[service.b]\n[machine]\ntransport = \"mmio\"",
+        "[pool.a]\n[service.b]\n[machine]\nfirmware = \"bios\"",
         &[
             (1, 2, "`pool`", "known here"),
             (2, 2, "`service`", "known here"),
-            (4, 1, "`machine.transport`", "known here"),
+            (4, 1, "`machine.firmware`", "known here"),
         ],
     );
 }
@@ -77,6 +77,7 @@ fn wrong_types_and_units() {
         "[machine]\nmemory = { size = \"512M\", hugepages = \"1G\" }",
         &[(2, 19, "multiple of 1G", "\"1G\"")],
     );
+    expect("[machine]\ntransport = \"isa\"", &[(2, 13, "\"pci\" | \"mmio\"", "")]);
     expect("[machine]\ndebug-exit = \"true\"", &[(2, 14, "found a string", "without quotes")]);
     expect("[machine]\ncpus = 0", &[(2, 8, "an integer from 1 to 1024", "")]);
     expect("[machine]\ncpus = 1025", &[(2, 8, "an integer from 1 to 1024", "")]);

@@ -48,6 +48,7 @@ fn nothing_is_needed() {
     assert_eq!((plan.name.as_str(), plan.machine.memory, plan.vcpus.len()), ("vm", 256 << 20, 1));
     let flat = Topology { sockets: 1, dies: 1, cores: 1, threads: 1 };
     assert_eq!((plan.machine.topology, plan.machine.debug_exit), (flat, false));
+    assert_eq!(plan.machine.transport, Transport::Pci);
     assert_eq!((plan.boot.kernel, plan.disks.len(), plan.rngs.len()), (None, 0, 0));
     let poll = Poll { max: Duration::from_micros(32), grow: 2, shrink: 0 };
     let main = Thread { name: "main".into(), cpus: None, sched: Sched::Other { nice: 0 }, poll };
@@ -96,6 +97,7 @@ fn everything_can_be_said() {
         [machine]
         memory = { size = "2G", hugepages = "1G" }
         cpus = { topology = { sockets = 2, dies = 1, cores = 2, threads = 1 } }
+        transport = "mmio"
         debug-exit = true
         [boot]
         kernel = "k"
@@ -150,6 +152,7 @@ fn everything_can_be_said() {
     assert_eq!(plan.name, "a \"name\" — 名");
     assert_eq!((plan.machine.memory, plan.machine.hugepages), (2 << 30, Some(1 << 30)));
     assert_eq!(plan.machine.topology.sockets, 2);
+    assert_eq!(plan.machine.transport, Transport::Mmio);
     assert_eq!(plan.boot.cmdline, "a='b' \"c\"\t");
     let modules: Vec<_> =
         plan.boot.modules.iter().map(|it| (it.path.to_str().unwrap(), &*it.cmdline)).collect();

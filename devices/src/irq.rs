@@ -81,13 +81,28 @@ pub(crate) fn settle(line: &dyn IrqLine, wanted: impl Fn() -> bool) {
     }
 }
 
+/// A wire to the interrupt controllers whose rising edge is one interrupt. Must not wait.
+pub trait IrqEdge: Send + Sync {
+    /// Interrupts once: up and down again.
+    fn pulse(&self);
+}
+
+/// The guest's writes that ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Doorbell {
+    /// Where they go.
+    pub address: u64,
+    /// Only those of 32 bits with this value; `None`: any write.
+    pub value: Option<u32>,
+}
+
 /// Turns guest writes to an address into signals of an eventfd, without an exit to user space.
 pub trait Doorbells: Send + Sync {
-    /// From now on, any write to `address` signals `fd`.
-    fn connect(&self, address: u64, fd: BorrowedFd<'_>) -> io::Result<()>;
+    /// From now on, these writes signal `fd`.
+    fn connect(&self, doorbell: Doorbell, fd: BorrowedFd<'_>) -> io::Result<()>;
 
     /// No longer. A write that came before may still have signalled `fd`.
-    fn disconnect(&self, address: u64, fd: BorrowedFd<'_>) -> io::Result<()>;
+    fn disconnect(&self, doorbell: Doorbell, fd: BorrowedFd<'_>) -> io::Result<()>;
 }
 
 #[cfg(test)]

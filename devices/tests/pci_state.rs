@@ -9,7 +9,7 @@ use std::time::Duration;
 use devices::block::raw::{Engine, Options, RawImage};
 use devices::bus::Bus;
 use devices::device::{Lifecycle, Paused};
-use devices::irq::{Doorbells, IrqLine, Msi, MsiSender, SharedLine};
+use devices::irq::{Doorbell, Doorbells, IrqLine, Msi, MsiSender, SharedLine};
 use devices::pci::{BarSpace, Function};
 use devices::virtio::blk::Blk;
 use devices::virtio::pci::{Slots, VirtioPci};
@@ -41,10 +41,10 @@ impl MsiSender for Messages {
 struct NoDoorbells;
 
 impl Doorbells for NoDoorbells {
-    fn connect(&self, _: u64, _: BorrowedFd<'_>) -> std::io::Result<()> {
+    fn connect(&self, _: Doorbell, _: BorrowedFd<'_>) -> std::io::Result<()> {
         Err(std::io::ErrorKind::Unsupported.into())
     }
-    fn disconnect(&self, _: u64, _: BorrowedFd<'_>) -> std::io::Result<()> {
+    fn disconnect(&self, _: Doorbell, _: BorrowedFd<'_>) -> std::io::Result<()> {
         Ok(())
     }
 }

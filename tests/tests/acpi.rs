@@ -76,9 +76,7 @@ fn pass(machine: &Description<'_>) -> Vec<String> {
 #[test]
 fn iasl_reads_every_table_and_compiles_it_back() {
     let many: Vec<u32> = (0..1024).collect();
-    let mmio: Vec<_> = (0..14)
-        .map(|nth| MmioSlot { base: 0xfeb0_0000 + nth * MmioSlot::SIZE, gsi: 5 + nth as u32 })
-        .collect();
+    let mmio: Vec<_> = (0..15).map(|nth| MmioSlot::new(nth, "disk.d").unwrap()).collect();
     let with_pci = Description { apic_ids: &[0], serials: &[0], pci: true, mmio: &[] };
     let names = pass(&with_pci);
     assert_eq!(names, ["XSDT", "FACS", "DSDT", "FACP", "APIC", "MCFG"]);

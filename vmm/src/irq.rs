@@ -7,10 +7,10 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
 use std::sync::Arc;
 
-use devices::irq::{Doorbells, IrqLine, Msi, MsiSender};
+use devices::irq::{Doorbell, Doorbells, IrqEdge, IrqLine, Msi, MsiSender};
 use kvm_bindings::kvm_msi;
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// The interrupt controllers in the kernel.
 #[derive(Debug, Clone)]
@@ -30,14 +30,20 @@ impl MsiSender for KvmIrq {
 }
 
 impl Doorbells for KvmIrq {
-    fn connect(&self, address: u64, fd: BorrowedFd<'_>) -> io::Result<()> {
-        let at = IoEventAddress::Mmio(address);
-        borrowed(fd, |fd| self.0.register_ioevent(fd, &at, NoDatamatch))
+    fn connect(&self, doorbell: Doorbell, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let at = IoEventAddress::Mmio(doorbell.address);
+        borrowed(fd, |fd| match doorbell.value {
+            Some(value) => self.0.register_ioevent(fd, &at, value),
+            None => self.0.register_ioevent(fd, &at, NoDatamatch),
+        })
     }
 
-    fn disconnect(&self, address: u64, fd: BorrowedFd<'_>) -> io::Result<()> {
-        let at = IoEventAddress::Mmio(address);
-        borrowed(fd, |fd| self.0.unregister_ioevent(fd, &at, NoDatamatch))
+    fn disconnect(&self, doorbell: Doorbell, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let at = IoEventAddress::Mmio(doorbell.address);
+        borrowed(fd, |fd| match doorbell.value {
+            Some(value) => self.0.unregister_ioevent(fd, &at, value),
+            None => self.0.unregister_ioevent(fd, &at, NoDatamatch),
+        })
     }
 }
 
@@ -63,5 +69,26 @@ impl IrqLine for KvmLine {
     fn set(&self, high: bool) {
         // Fails only without an irqchip, and this machine has one.
         let _ = self.vm.set_irq_line(self.gsi, high);
+    }
+}
+
+/// One input of the IOAPIC that takes edges, behind an irqfd: an interrupt is one `write`.
+#[derive(Debug)]
+pub struct KvmEdge(EventFd);
+
+impl KvmEdge {
+    /// Connects a new eventfd with the input `gsi`, for as long as it lives.
+    pub fn new(vm: &VmFd, gsi: u32) -> io::Result<Self> {
+        let eventfd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        vm.register_irqfd(&eventfd, gsi)
+            .map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+        Ok(Self(eventfd))
+    }
+}
+
+impl IrqEdge for KvmEdge {
+    fn pulse(&self) {
+        // Fails only if KVM leaves 2^64 - 2 signals lying, and then one more says nothing new.
+        let _ = self.0.write(1);
     }
 }

@@ -14,6 +14,7 @@ use devices::legacy::{DebugExit, I8042, PanicPort, PowerPorts, Rtc, Serial};
 use devices::pci::{BarSpace, ConfigPorts, Ecam, Function, PciRoot};
 use devices::power::Power;
 use devices::virtio::blk::Blk;
+use devices::virtio::mmio::{Socket, VirtioMmio};
 use devices::virtio::pci::{Slots, VirtioPci};
 use devices::virtio::rng::Rng;
 use devices::virtio::seat::Placement;
@@ -26,8 +27,9 @@ use crate::acpi::Description;
 use crate::boot::{self, Boot, BootError};
 use crate::cpuid::{self, Topology};
 use crate::ending::Ending;
-use crate::irq::{KvmIrq, KvmLine};
+use crate::irq::{KvmEdge, KvmIrq, KvmLine};
 use crate::memory::{self, BARS, ECAM, KVM_PAGES};
+use crate::mmio_slots::{self, MmioSlot};
 use crate::resources::{Fallback, Resources, cpu_ids, join, refusals, sched};
 use crate::timing::Timing;
 use crate::vcpu::{self, Vcpu};
@@ -97,6 +99,8 @@ struct Parts<'a> {
     /// The wires of the interrupt pins, by [`PciRoot::line_of`].
     pci_lines: Vec<Arc<SharedLine>>,
     serials: Vec<Arc<Serial>>,
+    /// The virtio devices are plugged in as these, instead of as PCI functions.
+    mmio_slots: Option<Vec<MmioSlot>>,
     devices: Vec<Arc<dyn Lifecycle>>,
     fallbacks: Vec<Fallback>,
     power_button: Arc<PowerPorts>,
@@ -121,6 +125,7 @@ impl Machine {
         timing.lap("guest memory");
         let mut parts = Parts::new(resources, vm, Arc::clone(&memory), ending);
         parts.add_legacy(plan)?;
+        parts.mmio_slots = (plan.machine.transport == plan::Transport::Mmio).then(Vec::new);
         parts.add_disks(plan)?;
         parts.add_rngs(plan)?;
         timing.lap("devices");
@@ -132,9 +137,21 @@ impl Machine {
         let apic_ids: Vec<u32> =
             (0..plan.vcpus.len() as u32).map(|vcpu| topology.apic_id(vcpu)).collect();
         let serials: Vec<usize> = plan.serials.iter().map(port_number).collect();
-        let description =
-            Description { apic_ids: &apic_ids, serials: &serials, pci: true, mmio: &[] };
-        let entry = Boot::of(plan).load(&memory, &description)?;
+        let mmio = parts.mmio_slots.as_deref();
+        let description = Description {
+            apic_ids: &apic_ids,
+            serials: &serials,
+            pci: mmio.is_none(),
+            mmio: mmio.unwrap_or_default(),
+        };
+        let mut boot = Boot::of(plan);
+        if let Some(slots @ [_, ..]) = mmio
+            && plan.boot.kernel.is_none()
+        {
+            // It reads no AML.
+            boot.cmdline = format!("{} {}", boot.cmdline, mmio_slots::cmdline(slots)).into();
+        }
+        let entry = boot.load(&memory, &description)?;
         timing.lap("kernel");
         let shared = Arc::new(vcpu::Shared {
             ports: Arc::clone(&parts.ports),
@@ -240,6 +257,7 @@ impl<'a> Parts<'a> {
             root: Arc::new(PciRoot::default()),
             slots,
             space: BarSpace::new(BARS.start, BARS.end),
+            mmio_slots: None,
             devices: Vec::new(),
             fallbacks: Vec::new(),
             power_button,
@@ -319,6 +337,18 @@ impl<'a> Parts<'a> {
         placements: &[plan::Placement],
     ) -> Result<(), HostError> {
         let placements: Vec<_> = placements.iter().map(|place| self.place(*place)).collect();
+        if let Some(slots) = &mut self.mmio_slots {
+            let slot = MmioSlot::new(slots.len(), name)
+                .map_err(|error| HostError::new("machine.transport", error))?;
+            let line =
+                KvmEdge::new(&self.vm, slot.gsi).map_err(|error| HostError::new(name, error))?;
+            let socket = Socket { base: slot.base, line: Arc::new(line) };
+            let device = VirtioMmio::new(name, device, &placements, &self.slots, socket)
+                .map_err(|error| HostError::new(name, error))?;
+            slots.push(slot);
+            self.devices.push(Arc::new(device));
+            return Ok(());
+        }
         let device = VirtioPci::new(name, device, &placements, &self.slots, &mut self.space)
             .map_err(|error| HostError::new(name, error))?;
         let device = Arc::new(device);

@@ -4,6 +4,7 @@
 //! 0          RAM, with the boot data at BOOT_DATA..1 MiB
 //! 0xc0000000 PCI BARs
 //! 0xe0000000 PCI configuration space (ECAM), one bus
+//! 0xfeb00000 virtio-mmio devices, 4 KiB each
 //! 0xfec00000 IOAPIC, 0xfee00000 local APICs, 0xfffbc000 KVM's own pages
 //! 4 GiB      the rest of RAM
 //! ```
@@ -34,6 +35,8 @@ pub const LOW_RAM_END: u64 = 0xc000_0000;
 pub const BARS: std::ops::Range<u64> = 0xc000_0000..0xe000_0000;
 /// Configuration space of bus 0.
 pub const ECAM: u64 = 0xe000_0000;
+/// The window for virtio-mmio devices.
+pub const MMIO_DEVICES: std::ops::Range<u64> = 0xfeb0_0000..0xfec0_0000;
 /// RAM above the holes begins here.
 pub const HIGH_RAM: u64 = 1 << 32;
 /// KVM keeps an identity map (one page) and a TSS (three pages) here on Intel CPUs.

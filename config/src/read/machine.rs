@@ -1,7 +1,7 @@
 //! `[machine]` and `[boot]`.
 
 use crate::keys::MAX_VCPUS;
-use crate::plan::{Boot, Kernel, Machine, Module, Topology};
+use crate::plan::{Boot, Kernel, Machine, Module, Topology, Transport};
 use crate::reader::Reader;
 use crate::units::format_size;
 
@@ -17,9 +17,14 @@ const MOST_MODULES: usize = 64;
 pub(super) fn machine(table: &Reader<'_>) -> (Machine, u32) {
     let (memory, hugepages) = memory(&table.table("memory"));
     let topology = topology(&table.table("cpus"));
+    let transport = match table.value("transport").and_then(|value| value.word()) {
+        Some("mmio") => Transport::Mmio,
+        _ => Transport::Pci,
+    };
     let debug_exit = table.value("debug-exit").and_then(|value| value.bool()).unwrap_or(false);
     let Topology { sockets, dies, cores, threads } = topology;
-    (Machine { memory, hugepages, topology, debug_exit }, sockets * dies * cores * threads)
+    let machine = Machine { memory, hugepages, topology, transport, debug_exit };
+    (machine, sockets * dies * cores * threads)
 }
 
 fn memory(table: &Reader<'_>) -> (u64, Option<u64>) {

@@ -6,6 +6,8 @@
 //! time may enter, and neither knows which thread that is nor which transport it hangs on.
 
 pub mod blk;
+mod doorbells;
+pub mod mmio;
 pub mod pci;
 pub mod queue;
 pub mod rng;

@@ -7,20 +7,19 @@
 //!        0x3000 doorbells, 4 bytes per queue
 //! ```
 
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering::*};
 use std::sync::{Arc, OnceLock};
 
-use iothread::{ExitCx, FdSource, LoopHandle, Reply};
+use iothread::{ExitCx, LoopHandle, Reply};
 use serde::{Deserialize, Serialize};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::doorbells::DoorbellRow;
 use super::seat::Placement;
 use super::transport::{self, InterruptSink, Transport};
 use super::{Mem, VirtioDevice};
 use crate::bus::Bus;
 use crate::device::{Device, Lifecycle, Paused, RestoreError, State};
-use crate::irq::{Doorbells, MsiSender, Pin};
+use crate::irq::{Doorbell, Doorbells, MsiSender, Pin};
 use crate::pci::{Bar, BarSpace, Capability, Endpoint, Function, Ids, Msix, Placed, endpoint};
 
 const COMMON: u64 = 0x0000;
@@ -282,31 +281,22 @@ impl Device for Registers {
     }
 }
 
-/// The doorbells of the queues that loops serve; KVM rings them while BAR 0 is decoded.
-struct DoorbellRow {
-    name: String,
-    doorbells: Arc<dyn Doorbells>,
-    rows: Vec<(u16, FdSource)>,
-}
+/// The doorbells, while BAR 0 is decoded.
+struct PlacedDoorbells(DoorbellRow);
 
-impl Placed for DoorbellRow {
+impl Placed for PlacedDoorbells {
     fn mapped(&self, base: u64) {
-        for (queue, source) in &self.rows {
-            let address = base + NOTIFY + u64::from(*queue) * DOORBELL;
-            if let Err(error) = self.doorbells.connect(address, source.as_fd()) {
-                // The exit then reaches `Registers::write`, which passes the kick on.
-                eprintln!("heddle: {}:q{queue}: kicks take exits: {error}", self.name);
-            }
-        }
+        self.0.connect(|queue| doorbell(base, queue));
     }
 
     fn unmapped(&self, base: u64) {
-        for (queue, source) in &self.rows {
-            let address = base + NOTIFY + u64::from(*queue) * DOORBELL;
-            // Fails for a doorbell that could not be connected.
-            let _ = self.doorbells.disconnect(address, source.as_fd());
-        }
+        self.0.disconnect(|queue| doorbell(base, queue));
     }
+}
+
+/// §4.1.4.4: each queue has an address of its own, so any write there is for it.
+fn doorbell(base: u64, queue: u16) -> Doorbell {
+    Doorbell { address: base + NOTIFY + u64::from(queue) * DOORBELL, value: None }
 }
 
 /// A virtio device as a PCI function.
@@ -360,11 +350,7 @@ impl VirtioPci {
             vectors: Arc::clone(&vectors),
             selected: Selected::default().into(),
         });
-        let doorbells = DoorbellRow {
-            name: name.to_owned(),
-            doorbells: Arc::clone(&slots.doorbells),
-            rows: doorbells(&transport)?,
-        };
+        let doorbells = DoorbellRow::new(&transport, Arc::clone(&slots.doorbells))?;
         let msix = Arc::clone(&vectors.msix);
         let bars = vec![
             Bar {
@@ -372,7 +358,7 @@ impl VirtioPci {
                 address: space.allocate(BAR_SIZE).ok_or(BuildError::NoRoom)?,
                 size: BAR_SIZE,
                 device: Arc::clone(&registers) as Arc<dyn Device>,
-                placed: Some(Arc::new(doorbells)),
+                placed: Some(Arc::new(PlacedDoorbells(doorbells))),
             },
             Bar {
                 index: 2,
@@ -401,29 +387,6 @@ impl VirtioPci {
 
     fn refuse(&self, why: impl ToString) -> RestoreError {
         RestoreError { device: self.name().to_owned(), why: why.to_string() }
-    }
-}
-
-/// One eventfd for each queue that a loop serves.
-fn doorbells(transport: &Transport) -> std::io::Result<Vec<(u16, FdSource)>> {
-    let mut rows = Vec::new();
-    for queue in 0..transport.queue_count() {
-        if let Some(seat) = transport.seat(queue)
-            && matches!(seat.placement(), Placement::Loop(_))
-        {
-            let eventfd = owned(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
-            rows.push((queue, seat.watch(eventfd)));
-        }
-    }
-    Ok(rows)
-}
-
-fn owned(eventfd: EventFd) -> OwnedFd {
-    use std::os::fd::{FromRawFd, IntoRawFd};
-    #[expect(unsafe_code, reason = "an EventFd gives its fd only raw")]
-    // SAFETY: into_raw_fd passed the ownership on.
-    unsafe {
-        OwnedFd::from_raw_fd(eventfd.into_raw_fd())
     }
 }
 

@@ -10,18 +10,21 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use iothread::{Cx, ExitCx, LoopHandle, PollPolicy, Port, Reply, Sched, Thread, ThreadSpec};
+use iothread::{
+    Cx, ExitCx, LoopHandle, PollPolicy, Port, Reply, Sched, Thread, ThreadSpec, VcpuLoop,
+};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use super::mmio::{Socket, VirtioMmio};
 use super::pci::{Slots, VirtioPci};
 use super::queue::RingAddresses;
 use super::seat::Placement;
-use super::transport::{InterruptSink, Saved, Transport, status};
+use super::transport::status;
 use super::{F_EVENT_IDX, F_INDIRECT_DESC, Mem, VirtioDevice};
 use crate::block::{Access, Backend, BlockIo, Geometry, Submitted};
 use crate::bus::Bus;
 use crate::device::{Lifecycle, Paused, RestoreError, State};
-use crate::irq::{Doorbells, Msi, MsiSender};
+use crate::irq::{Doorbell, Doorbells, IrqEdge, Msi, MsiSender};
 use crate::pci::{Address, BarSpace, ConfigPorts, Ecam, Function, PciRoot};
 use crate::power::{Power, PowerRequest};
 
@@ -73,40 +76,334 @@ impl Drop for TestLoop {
     }
 }
 
-/// Interrupts as a test sees them.
+/// Which transport a test runs over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Via {
+    /// Virtio over PCI.
+    Pci,
+    /// Virtio over MMIO.
+    Mmio,
+}
+
+/// Interrupts as a test sees them: messages, and edges of a line.
 #[derive(Debug)]
 pub struct Interrupts {
-    events: Sender<Option<u16>>,
-    /// Interrupts of queues so far.
-    pub queue: AtomicU64,
-    /// Interrupts for configuration or status so far.
-    pub config: AtomicU64,
+    events: Sender<Raised>,
+    count: AtomicU64,
 }
 
-impl InterruptSink for Interrupts {
-    fn queue(&self, queue: u16) {
-        self.queue.fetch_add(1, Ordering::AcqRel);
-        let _ = self.events.send(Some(queue));
-    }
-
-    fn config(&self) {
-        self.config.fetch_add(1, Ordering::AcqRel);
-        let _ = self.events.send(None);
-    }
-
-    fn reset(&self) {}
+#[derive(Debug, Clone, Copy)]
+enum Raised {
+    Message(u32),
+    Edge,
 }
 
-/// A device with its transport, as a driver sees it.
+impl Interrupts {
+    fn new() -> (Arc<Self>, Receiver<Raised>) {
+        let (events, receiver) = channel();
+        (Arc::new(Self { events, count: 0.into() }), receiver)
+    }
+
+    /// How many there were so far.
+    pub fn count(&self) -> u64 {
+        self.count.load(Ordering::Acquire)
+    }
+
+    fn raise(&self, raised: Raised) {
+        self.count.fetch_add(1, Ordering::AcqRel);
+        let _ = self.events.send(raised);
+    }
+}
+
+impl MsiSender for Interrupts {
+    fn send(&self, msi: Msi) {
+        self.raise(Raised::Message(msi.data));
+    }
+}
+
+impl IrqEdge for Interrupts {
+    fn pulse(&self) {
+        self.raise(Raised::Edge);
+    }
+}
+
+/// What an interrupt is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Interrupt {
+    /// A used ring has news.
+    Queue,
+    /// The configuration or the status has changed.
+    Config,
+}
+
+/// A device plugged into a machine of its own, as its driver reaches it: through registers.
+pub struct Plugged {
+    via: Via,
+    /// Where its registers are.
+    base: u64,
+    device: Arc<dyn Lifecycle>,
+    bus: Arc<Bus>,
+    doorbells: Arc<DoorbellMap>,
+    #[expect(clippy::disallowed_types, reason = "the vCPU of all accesses but kicks")]
+    vcpu: std::sync::Mutex<VcpuLoop>,
+}
+
+impl std::fmt::Debug for Plugged {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Plugged").field("via", &self.via).finish_non_exhaustive()
+    }
+}
+
+/// Registers of BAR 0 over PCI, virtio 1.2 §4.1.4.
+mod pci_registers {
+    pub const DEVICE_FEATURES_SEL: u64 = 0;
+    pub const DEVICE_FEATURES: u64 = 4;
+    pub const DRIVER_FEATURES_SEL: u64 = 8;
+    pub const DRIVER_FEATURES: u64 = 12;
+    pub const CONFIG_VECTOR: u64 = 16;
+    pub const QUEUES: u64 = 18;
+    pub const STATUS: u64 = 20;
+    pub const QUEUE_SEL: u64 = 22;
+    pub const QUEUE_SIZE: u64 = 24;
+    pub const QUEUE_VECTOR: u64 = 26;
+    pub const QUEUE_ENABLE: u64 = 28;
+    pub const RINGS: [u64; 3] = [32, 40, 48];
+    pub const NOTIFY: u64 = 0x3000;
+}
+
+/// Registers over MMIO, virtio 1.2 §4.2.2.
+mod mmio_registers {
+    pub const DEVICE_FEATURES: u64 = 0x10;
+    pub const DEVICE_FEATURES_SEL: u64 = 0x14;
+    pub const DRIVER_FEATURES: u64 = 0x20;
+    pub const DRIVER_FEATURES_SEL: u64 = 0x24;
+    pub const QUEUE_SEL: u64 = 0x30;
+    pub const QUEUE_NUM_MAX: u64 = 0x34;
+    pub const QUEUE_NUM: u64 = 0x38;
+    pub const QUEUE_READY: u64 = 0x44;
+    pub const NOTIFY: u64 = 0x50;
+    pub const INTERRUPT_STATUS: u64 = 0x60;
+    pub const INTERRUPT_ACK: u64 = 0x64;
+    pub const STATUS: u64 = 0x70;
+    pub const RINGS: [u64; 3] = [0x80, 0x90, 0xa0];
+}
+
+impl Plugged {
+    /// Where registers come to lie.
+    pub const BASE: u64 = 0xd000_0000;
+
+    fn new(
+        via: Via,
+        device: Arc<dyn VirtioDevice>,
+        placement: Placement<LoopHandle>,
+        mem: Mem,
+        interrupts: &Arc<Interrupts>,
+    ) -> Self {
+        let (bus, doorbells) = (Arc::<Bus>::default(), Arc::<DoorbellMap>::default());
+        let placements = vec![placement; device.groups().len()];
+        let slots = Slots {
+            bus: Arc::clone(&bus),
+            msi: Arc::clone(interrupts) as _,
+            doorbells: Arc::clone(&doorbells) as _,
+            mem,
+        };
+        // On another thread, so that this one may still block between accesses.
+        let made = std::thread::spawn(VcpuLoop::enter).join();
+        let mut vcpu = made.expect("a vCPU's context");
+        let device: Arc<dyn Lifecycle> = match via {
+            Via::Pci => {
+                let mut space = BarSpace::new(Self::BASE, Self::BASE + (1 << 20));
+                let queues = device.queue_sizes().len() as u64;
+                let function = VirtioPci::new("disk.test", device, &placements, &slots, &mut space)
+                    .expect("a device for a test");
+                enable_msix(&function, &bus, queues + 1, &mut vcpu.exit());
+                Arc::new(function)
+            }
+            Via::Mmio => {
+                let socket = Socket { base: Self::BASE, line: Arc::clone(interrupts) as _ };
+                let device = VirtioMmio::new("disk.test", device, &placements, &slots, socket);
+                Arc::new(device.expect("a device for a test"))
+            }
+        };
+        Self { via, base: Self::BASE, device, bus, doorbells, vcpu: vcpu.into() }
+    }
+
+    /// Reads the register that this transport has at one of `[PCI, MMIO]`, of `len` bytes over
+    /// PCI.
+    fn get(&self, at: [u64; 2], len: usize) -> u32 {
+        let mut data = [0; 4];
+        let len = if self.via == Via::Mmio { 4 } else { len };
+        let mut vcpu = self.vcpu.lock().expect("no access panics");
+        let found = self.bus.read(self.base + self.pick(at), &mut data[..len], &mut vcpu.exit());
+        assert!(found, "nothing answers");
+        u32::from_le_bytes(data)
+    }
+
+    fn set(&self, at: [u64; 2], value: u32, len: usize) {
+        let len = if self.via == Via::Mmio { 4 } else { len };
+        let (data, mut vcpu) = (value.to_le_bytes(), self.vcpu.lock().expect("no access panics"));
+        let found = self.bus.write(self.base + self.pick(at), &data[..len], &mut vcpu.exit());
+        assert!(found, "nothing answers");
+    }
+
+    fn pick(&self, [pci, mmio]: [u64; 2]) -> u64 {
+        if self.via == Via::Pci { pci } else { mmio }
+    }
+
+    /// The device status.
+    pub fn status(&self) -> u8 {
+        self.get([pci_registers::STATUS, mmio_registers::STATUS], 1) as u8
+    }
+
+    /// Writes the device status.
+    pub fn set_status(&self, value: u8) {
+        self.set([pci_registers::STATUS, mmio_registers::STATUS], value.into(), 1);
+    }
+
+    /// All features on offer.
+    pub fn features(&self) -> u64 {
+        let half = |nth| {
+            let select = [pci_registers::DEVICE_FEATURES_SEL, mmio_registers::DEVICE_FEATURES_SEL];
+            self.set(select, nth, 4);
+            let at = [pci_registers::DEVICE_FEATURES, mmio_registers::DEVICE_FEATURES];
+            u64::from(self.get(at, 4))
+        };
+        half(0) | half(1) << 32
+    }
+
+    /// Takes features.
+    pub fn set_driver_features(&self, features: u64) {
+        for half in 0..2 {
+            let select = [pci_registers::DRIVER_FEATURES_SEL, mmio_registers::DRIVER_FEATURES_SEL];
+            self.set(select, half, 4);
+            let at = [pci_registers::DRIVER_FEATURES, mmio_registers::DRIVER_FEATURES];
+            self.set(at, (features >> (32 * half)) as u32, 4);
+        }
+    }
+
+    fn select(&self, queue: u16) {
+        self.set([pci_registers::QUEUE_SEL, mmio_registers::QUEUE_SEL], queue.into(), 2);
+    }
+
+    /// The largest size of a queue, 0 if there is no such queue.
+    pub fn queue_size(&self, queue: u16) -> u16 {
+        self.select(queue);
+        self.get([pci_registers::QUEUE_SIZE, mmio_registers::QUEUE_NUM_MAX], 2) as u16
+    }
+
+    /// How many queues there are.
+    pub fn queue_count(&self) -> u16 {
+        match self.via {
+            Via::Pci => self.get([pci_registers::QUEUES; 2], 2) as u16,
+            Via::Mmio => (0..).take_while(|&queue| self.queue_size(queue) > 0).count() as u16,
+        }
+    }
+
+    /// Sets up a queue that has been left alone since the reset.
+    pub fn set_rings(&self, queue: u16, change: impl FnOnce(&mut RingAddresses)) {
+        let mut rings = RingAddresses { size: self.queue_size(queue), ..RingAddresses::default() };
+        change(&mut rings);
+        let at = [pci_registers::QUEUE_SIZE, mmio_registers::QUEUE_NUM];
+        self.set(at, rings.size.into(), 2);
+        let addresses = [rings.descriptors, rings.available, rings.used];
+        let registers = pci_registers::RINGS.into_iter().zip(mmio_registers::RINGS);
+        for ((pci, mmio), address) in registers.zip(addresses) {
+            self.set([pci, mmio], address as u32, 4);
+            self.set([pci + 4, mmio + 4], (address >> 32) as u32, 4);
+        }
+    }
+
+    /// Enables a queue, its interrupts, and those for the configuration.
+    pub fn enable_queue(&self, queue: u16) {
+        self.select(queue);
+        if self.via == Via::Pci {
+            self.set([pci_registers::CONFIG_VECTOR; 2], 0, 2);
+            self.set([pci_registers::QUEUE_VECTOR; 2], u32::from(queue) + 1, 2);
+        }
+        self.set([pci_registers::QUEUE_ENABLE, mmio_registers::QUEUE_READY], 1, 2);
+    }
+
+    /// Where a kick of `queue` goes, and what it says.
+    fn kick(&self, queue: u16) -> (u64, [u8; 4]) {
+        let pci = pci_registers::NOTIFY + 4 * u64::from(queue);
+        let at = self.base + self.pick([pci, mmio_registers::NOTIFY]);
+        (at, u32::from(queue).to_le_bytes())
+    }
+
+    /// Kicks a queue by an exit of this vCPU, as if it had no doorbell.
+    pub fn notify(&self, queue: u16, exit: &mut ExitCx<'_>) {
+        let (at, data) = self.kick(queue);
+        assert!(self.bus.write(at, &data, exit), "nothing answers");
+    }
+
+    /// Kicks a queue; true: a doorbell took it, without an exit.
+    pub fn ring(&self, queue: u16, exit: &mut ExitCx<'_>) -> bool {
+        let (at, data) = self.kick(queue);
+        let rang = self.doorbells.ring(at, &data);
+        if !rang {
+            self.notify(queue, exit);
+        }
+        rang
+    }
+
+    /// Takes notice of what a line was raised for, and acknowledges it. `None`: for nothing that
+    /// was not acknowledged before.
+    fn acknowledge(&self) -> Option<Interrupt> {
+        let status = self.get([mmio_registers::INTERRUPT_STATUS; 2], 4);
+        self.set([mmio_registers::INTERRUPT_ACK; 2], status, 4);
+        match status {
+            0 => None,
+            1 => Some(Interrupt::Queue),
+            _ => Some(Interrupt::Config),
+        }
+    }
+}
+
+/// Lets vector `n` send a message that says `n`.
+fn enable_msix(function: &VirtioPci, bus: &Bus, vectors: u64, exit: &mut ExitCx<'_>) {
+    let mut at = function.read_config(0x34 / 4, exit) as u16;
+    while function.read_config(at / 4, exit) as u8 != 0x11 {
+        at = function.read_config(at / 4, exit) as u16 >> 8;
+        assert_ne!(at, 0, "no MSI-X capability");
+    }
+    function.write_config(at / 4, 0x8000_0000, 0xffff_0000, exit);
+    let table = u64::from(function.read_config(0x18 / 4, exit) & !0xf);
+    for vector in 0..vectors {
+        let entry = table + 16 * vector;
+        bus.write(entry, &0xfee0_0000u64.to_le_bytes(), exit);
+        bus.write(entry + 8, &vector.to_le_bytes()[..4], exit);
+        bus.write(entry + 12, &[0; 4], exit);
+    }
+}
+
+impl Lifecycle for Plugged {
+    fn name(&self) -> &str {
+        self.device.name()
+    }
+    fn pause(&self) -> Vec<(String, Reply<()>)> {
+        self.device.pause()
+    }
+    fn resume(&self) {
+        self.device.resume();
+    }
+    fn save(&self, proof: &Paused<'_>) -> State {
+        self.device.save(proof)
+    }
+    fn restore(&self, proof: &Paused<'_>, state: &State) -> Result<(), RestoreError> {
+        self.device.restore(proof, state)
+    }
+}
+
+/// A device behind its transport, with a driver.
 #[derive(Debug)]
 pub struct Rig {
     /// Guest memory.
     pub mem: Mem,
     /// The device.
-    pub transport: Transport,
+    pub transport: Plugged,
     /// What it has interrupted for.
     pub interrupts: Arc<Interrupts>,
-    events: Receiver<Option<u16>>,
+    events: Receiver<Raised>,
     /// The features the driver took.
     pub features: u64,
     /// The driver's side of each queue.
@@ -115,13 +412,15 @@ pub struct Rig {
 
 impl Rig {
     /// A device at rest with all its queues served by `placement`.
-    pub fn new(device: impl VirtioDevice, placement: Placement<LoopHandle>, mem: Mem) -> Self {
-        let (sender, events) = channel();
-        let interrupts = Arc::new(Interrupts { events: sender, queue: 0.into(), config: 0.into() });
-        let placements = vec![placement; device.groups().len()];
-        let sink = Arc::clone(&interrupts) as Arc<dyn InterruptSink>;
+    pub fn new(
+        via: Via,
+        device: impl VirtioDevice,
+        placement: Placement<LoopHandle>,
+        mem: Mem,
+    ) -> Self {
+        let (interrupts, events) = Interrupts::new();
         let transport =
-            Transport::new("disk.test", Arc::new(device), &placements, Arc::clone(&mem), sink);
+            Plugged::new(via, Arc::new(device), placement, Arc::clone(&mem), &interrupts);
         Self { mem, transport, interrupts, events, features: 0, queues: Vec::new() }
     }
 
@@ -163,8 +462,8 @@ impl Rig {
         let transport = &self.transport;
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                let mut vcpu = iothread::VcpuLoop::enter();
-                transport.notify(queue, &mut vcpu.exit());
+                let mut vcpu = VcpuLoop::enter();
+                transport.ring(queue, &mut vcpu.exit());
             });
         });
         true
@@ -177,15 +476,28 @@ impl Rig {
         let transport = &self.transport;
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                let mut vcpu = iothread::VcpuLoop::enter();
-                wanted.iter().for_each(|queue| transport.notify(*queue, &mut vcpu.exit()));
+                let mut vcpu = VcpuLoop::enter();
+                for queue in wanted {
+                    transport.ring(queue, &mut vcpu.exit());
+                }
             });
         });
     }
 
-    /// Waits for the next interrupt: that of a queue, or `None` for configuration.
-    pub fn interrupt(&self) -> Option<u16> {
-        self.events.recv_timeout(PATIENCE).expect("an interrupt that never came")
+    /// Waits for the next interrupt.
+    pub fn interrupt(&self) -> Interrupt {
+        loop {
+            let raised = self.events.recv_timeout(PATIENCE);
+            match raised.expect("an interrupt that never came") {
+                Raised::Message(0) => return Interrupt::Config,
+                Raised::Message(_) => return Interrupt::Queue,
+                Raised::Edge => {
+                    if let Some(interrupt) = self.transport.acknowledge() {
+                        return interrupt;
+                    }
+                }
+            }
+        }
     }
 
     /// Waits for the next used entry of a queue: head and written bytes.
@@ -251,30 +563,6 @@ impl BlockIo for Scripted {
         _: &mut Cx<'_>,
     ) -> Submitted {
         (self.0)(port, slot)
-    }
-}
-
-/// A transport as a whole device, as the transports of PCI and MMIO make it.
-#[derive(Debug)]
-pub struct Whole(pub Transport);
-
-impl Lifecycle for Whole {
-    fn name(&self) -> &str {
-        self.0.name()
-    }
-    fn pause(&self) -> Vec<(String, Reply<()>)> {
-        self.0.pause()
-    }
-    fn resume(&self) {
-        self.0.resume();
-    }
-    fn save(&self, proof: &Paused<'_>) -> State {
-        let body = serde_json::to_value(self.0.save(proof)).expect("it has only string keys");
-        State { kind: "test".into(), version: 1, body }
-    }
-    fn restore(&self, proof: &Paused<'_>, state: &State) -> Result<(), RestoreError> {
-        let saved: Saved = serde_json::from_value(state.body.clone()).expect("a saved transport");
-        self.0.restore(proof, &saved)
     }
 }
 
@@ -449,40 +737,43 @@ impl Power for Count {
     }
 }
 
-/// Does for doorbells what KVM does: a write to a connected address signals and goes no further.
+/// Does for doorbells what KVM does: a write that rings one signals and goes no further.
 #[derive(Debug, Default)]
-struct DoorbellMap(ArcSwap<BTreeMap<u64, Arc<File>>>);
+struct DoorbellMap(ArcSwap<BTreeMap<Doorbell, Arc<File>>>);
 
 impl DoorbellMap {
-    /// True: the address is connected, and was signalled.
-    fn ring(&self, address: u64) -> bool {
+    /// True: the write has rung a doorbell.
+    fn ring(&self, address: u64, data: &[u8]) -> bool {
         let map = self.0.load();
-        let Some(eventfd) = map.get(&address) else { return false };
+        let value = data.try_into().ok().map(u32::from_le_bytes);
+        let exact = value.and_then(|value| map.get(&Doorbell { address, value: Some(value) }));
+        let any = || map.get(&Doorbell { address, value: None });
+        let Some(eventfd) = exact.or_else(any) else { return false };
         (&**eventfd).write_all(&1u64.to_ne_bytes()).expect("an eventfd takes a signal");
         true
     }
 }
 
-/// Two doorbells at one address, or one that is disconnected twice, would be a bug: KVM refuses.
+/// Two doorbells in one place, or one that is disconnected twice, would be a bug: KVM refuses.
 impl Doorbells for DoorbellMap {
-    fn connect(&self, address: u64, fd: BorrowedFd<'_>) -> io::Result<()> {
+    fn connect(&self, doorbell: Doorbell, fd: BorrowedFd<'_>) -> io::Result<()> {
         let eventfd = Arc::new(File::from(fd.try_clone_to_owned()?));
         let before = self.0.rcu(|map| {
             let mut map = BTreeMap::clone(map);
-            map.insert(address, Arc::clone(&eventfd));
+            map.insert(doorbell, Arc::clone(&eventfd));
             map
         });
-        assert!(!before.contains_key(&address), "two doorbells at {address:#x}");
+        assert!(!before.contains_key(&doorbell), "two doorbells: {doorbell:x?}");
         Ok(())
     }
 
-    fn disconnect(&self, address: u64, _: BorrowedFd<'_>) -> io::Result<()> {
+    fn disconnect(&self, doorbell: Doorbell, _: BorrowedFd<'_>) -> io::Result<()> {
         let before = self.0.rcu(|map| {
             let mut map = BTreeMap::clone(map);
-            map.remove(&address);
+            map.remove(&doorbell);
             map
         });
-        assert!(before.contains_key(&address), "no doorbell at {address:#x}");
+        assert!(before.contains_key(&doorbell), "no doorbell: {doorbell:x?}");
         Ok(())
     }
 }
@@ -557,7 +848,7 @@ impl Board {
 
     /// The guest writes memory that is not RAM. A connected doorbell takes no exit.
     pub fn write(&self, address: u64, data: &[u8], exit: &mut ExitCx<'_>) {
-        if !self.doorbells.ring(address) {
+        if !self.doorbells.ring(address, data) {
             self.memory.write(address, data, exit);
         }
     }

@@ -1,6 +1,6 @@
 //! What all virtio transports have in common: the life of a device (virtio 1.2 §2.1, §3.1).
 //!
-//! A transport of its own (PCI, and later MMIO) is a layout of registers over this.
+//! A transport of its own (PCI, MMIO) is a layout of registers over this.
 //!
 //! ```text
 //!            status = 0                FEATURES_OK            DRIVER_OK
@@ -249,11 +249,21 @@ impl Transport {
         }
     }
 
-    /// The driver enables a queue. It cannot be disabled but by a reset.
+    /// The driver enables a queue. Once the device runs, only a reset disables it.
     pub fn enable_queue(&self, queue: u16) {
         let mut registers = self.registers();
         if let Some(queue) = registers.queues.get_mut(usize::from(queue)) {
             queue.enabled = true;
+        }
+    }
+
+    /// The driver takes a queue back, which it can until the device runs.
+    pub fn disable_queue(&self, queue: u16) {
+        let mut registers = self.registers();
+        if registers.status & status::DRIVER_OK == 0
+            && let Some(queue) = registers.queues.get_mut(usize::from(queue))
+        {
+            queue.enabled = false;
         }
     }
 

@@ -11,6 +11,8 @@ pub struct Acpi {
     /// APIC ids of the usable CPUs, in the order of the MADT.
     pub apic_ids: Vec<u32>,
     pub ecam: Option<Ecam>,
+    /// Address of the I/O APIC with input 0.
+    pub io_apic: Option<u64>,
     pub power_off: PowerOff,
 }
 
@@ -97,6 +99,9 @@ impl Acpi {
         let mut offset = 44;
         while offset + 2 <= table.bytes {
             let [kind, bytes] = table.get::<[u8; 2]>(offset);
+            if kind == 1 && table.get::<u32>(offset + 8) == 0 {
+                self.io_apic = Some(table.get::<u32>(offset + 4).into());
+            }
             let (id, flags) = match kind {
                 0 => (table.get::<u8>(offset + 3).into(), table.get::<u32>(offset + 4)),
                 9 => (table.get::<u32>(offset + 4), table.get::<u32>(offset + 8)),

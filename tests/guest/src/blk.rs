@@ -6,13 +6,12 @@ use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
 
 use crate::apic::{Clock, now};
-use crate::cpu::{Cpu, VECTOR_CONFIG};
+use crate::cpu::Cpu;
 use crate::mem;
 use crate::options::Options;
 use crate::pattern::{self, SECTOR, Stamp};
-use crate::pci::{Address, Function};
 use crate::plan::{PHASES, Phase, Plan};
-use crate::virtio::{self, Desc, Ring, Segment, Transport};
+use crate::virtio::{self, Desc, Found, Place, Ring, Segment, Transport};
 use crate::wait::Waiter;
 
 pub const DEVICE: u16 = virtio::MODERN + 2;
@@ -42,9 +41,8 @@ const NO_STATUS: u8 = 0xee;
 /// A disk as all CPUs see it.
 pub struct Disk {
     pub index: u32,
-    pub address: Address,
+    pub place: Place,
     transport: Transport,
-    pub vector: u8,
     pub features: u64,
     pub sectors: u64,
     pub queues: u16,
@@ -58,6 +56,8 @@ pub struct Disk {
 /// One vCPU's queue of one disk, and what came of it.
 pub struct Lane {
     ring: Ring,
+    /// The vector of its interrupts on its CPU.
+    vector: u8,
     pub plan: Plan,
     pub id: String,
     /// Whether all phases went well.
@@ -111,13 +111,13 @@ impl Disk {
 
     /// Sets a disk up with a queue for each of the first CPUs, as many as it has queues.
     pub fn start(
-        function: &Function,
+        found: &Found,
         index: u32,
         vector: u8,
         cpus: &[Cpu],
         options: &Options,
     ) -> Result<(Disk, Vec<Lane>), String> {
-        let transport = Transport::open(function)?;
+        let transport = Transport::open(found)?;
         let mut wanted = F_SIZE_MAX | F_SEG_MAX | F_RO | F_BLK_SIZE | F_FLUSH | F_MQ;
         if options.event_idx {
             wanted |= virtio::F_EVENT_IDX;
@@ -154,9 +154,8 @@ impl Disk {
         let depth = options.depth.min(queue_size);
         let disk = Disk {
             index,
-            address: function.address,
+            place: found.place(),
             transport,
-            vector,
             features,
             sectors,
             queues,
@@ -165,31 +164,29 @@ impl Disk {
             depth,
             one_segment: seg_max < 3 || queue_size < 8,
         };
-        let lanes = disk.start_queues(&cpus[..lanes as usize], options)?;
+        let lanes = disk.start_queues(&cpus[..lanes as usize], vector, options)?;
         disk.transport.driver_ok();
         Ok((disk, lanes))
     }
 
-    fn start_queues(&self, cpus: &[Cpu], options: &Options) -> Result<Vec<Lane>, String> {
-        let msix = self.transport.msix();
-        if usize::from(msix.vectors()) < cpus.len() + 1 {
-            return Err(format!("{} MSI-X vectors for {} queues", msix.vectors(), cpus.len()));
+    fn start_queues(
+        &self,
+        cpus: &[Cpu],
+        vector: u8,
+        options: &Options,
+    ) -> Result<Vec<Lane>, String> {
+        if let Some(home) = cpus.first() {
+            self.transport.route_config(home)?;
         }
-        let home = cpus.first().map_or(0, |cpu| cpu.apic_id.load(Ordering::Relaxed));
-        msix.route(0, home, VECTOR_CONFIG)?;
-        self.transport.set_config_entry(0)?;
         let mut lanes = Vec::with_capacity(cpus.len());
         for (queue, cpu) in cpus.iter().enumerate() {
-            let entry = queue as u16 + 1;
-            msix.route(entry, cpu.apic_id.load(Ordering::Relaxed), self.vector)?;
-            let ring = self.transport.start_queue(
-                queue as u16,
-                self.queue_size,
-                entry,
-                self.has(virtio::F_EVENT_IDX),
-            )?;
+            let number = queue as u16;
+            let vector = self.transport.route_queue(number, cpu, vector)?;
+            let event_idx = self.has(virtio::F_EVENT_IDX);
+            let ring = self.transport.start_queue(number, self.queue_size, event_idx);
             lanes.push(Lane {
                 ring,
+                vector,
                 plan: Plan::new(
                     self.sectors,
                     cpus.len() as u64,
@@ -304,7 +301,7 @@ struct Run<'a, 'b> {
 impl Driver<'_> {
     /// All phases, with get-id before and a flush after them.
     pub fn run(&mut self, lane: &mut Lane) -> Result<(), String> {
-        let vector = self.disk.vector;
+        let vector = lane.vector;
         let before = self.cpu.count(vector);
         let waiter = Waiter::new(self.cpu, self.clock, self.options.watchdog);
         let depth = self.disk.depth.min(self.buffers.count);
@@ -347,7 +344,7 @@ impl Run<'_, '_> {
     }
 
     fn phase(&mut self, phase: usize) -> Result<(), String> {
-        let (cpu, vector) = (self.driver.cpu, self.driver.disk.vector);
+        let (cpu, vector) = (self.driver.cpu, self.lane.vector);
         let begin = now();
         let before = (self.lane.requests, self.lane.kicks(), cpu.count(vector));
         self.interrupts = PHASES[phase].interrupts.then_some(vector);

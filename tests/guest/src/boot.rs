@@ -4,7 +4,7 @@ use core::arch::global_asm;
 use core::mem::{offset_of, size_of};
 use core::sync::atomic::{AtomicU16, AtomicU32, AtomicU64};
 
-use crate::cpu::{Cpu, VECTOR_SPURIOUS, VECTOR_TIMER};
+use crate::cpu::{Cpu, LINES, VECTOR_LINES, VECTOR_SHARED, VECTOR_SPURIOUS, VECTOR_TIMER};
 
 /// What a starting CPU reads before it can run Rust.
 #[repr(C)]
@@ -71,6 +71,9 @@ global_asm!(
     CPU_STACK = const offset_of!(Cpu, stack_top),
     CPU_CRASH = const offset_of!(Cpu, crash),
     CPU_IRQ_SLOT = const offset_of!(Cpu, irq_stack) + crate::cpu::SLOT,
+    LINES = const LINES,
+    VECTOR_LINES = const VECTOR_LINES,
+    VECTOR_SHARED = const VECTOR_SHARED,
     VECTOR_SPURIOUS = const VECTOR_SPURIOUS,
     VECTOR_TIMER = const VECTOR_TIMER,
 );
@@ -83,6 +86,8 @@ unsafe extern "C" {
     pub static fault_stubs: u8;
     /// Entries of vectors 32 to 255, 16 bytes apart.
     pub static irq_stubs: u8;
+    /// Entries of the vectors of interrupt lines, 16 bytes apart, that pass the interrupt on.
+    pub static line_stubs: u8;
     /// The entry of #GP, through which ring 3 reaches ring 0.
     pub static gate_entry: u8;
     /// The top-level page table the image brings: 4 GiB in pages of 2 MiB.

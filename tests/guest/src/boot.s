@@ -316,9 +316,38 @@ irq_stubs:
     jmp irq_common
     .set vector, vector + 1
     .endr
+# An interrupt line is for all queues of a device, and comes to one CPU, which passes it on to all
+# others, with one write to the interrupt command register.
+    .balign 16
+    .global line_stubs
+line_stubs:
+    .set vector, {VECTOR_LINES}
+    .rept {LINES}
+    .balign 16
+    push rax
+    mov eax, vector * 8
+    jmp line_common
+    .set vector, vector + 1
+    .endr
+line_common:
+    push rcx
+    push rdx
+    cmp dword ptr [{AP_BOOT} + {AP_X2APIC}], 0
+    je 1f
+    push rax
+    mov ecx, 0x830
+    mov eax, 0xc4000 | {VECTOR_SHARED}  # fixed, to all but this one
+    xor edx, edx
+    wrmsr
+    pop rax
+    jmp irq_count
+1:  mov ecx, 0xfee00300
+    mov dword ptr [rcx], 0xc4000 | {VECTOR_SHARED}
+    jmp irq_count
 irq_common:
     push rcx
     push rdx
+irq_count:
     mov rcx, [rsp + 64]                 # three saved registers and five words of the frame
     inc qword ptr [rcx + rax]
     cmp eax, {VECTOR_SPURIOUS} * 8

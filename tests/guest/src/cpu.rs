@@ -11,6 +11,11 @@ use crate::apic::Apic;
 use crate::boot::{self, AP_BOOT, TablePointer, address};
 use crate::{gate, mem};
 
+/// Vectors of interrupt lines: `VECTOR_LINES + input of the I/O APIC`. They all go to CPU 0, which
+/// passes them on to all others as `VECTOR_SHARED`.
+pub const VECTOR_LINES: u8 = 0x20;
+/// Inputs of the I/O APIC.
+pub const LINES: usize = 24;
 /// Vectors of virtio queues: `VECTOR_QUEUES + device`, the same on every CPU.
 pub const VECTOR_QUEUES: u8 = 0x40;
 /// Devices with a vector of their own; the next one shares with the first.
@@ -20,6 +25,7 @@ pub const VECTOR_CONFIG: u8 = 0xe7;
 pub const VECTOR_TIMER: u8 = 0xe8;
 /// Sent by a CPU that is done, to wake CPU 0.
 pub const VECTOR_WAKE: u8 = 0xe9;
+pub const VECTOR_SHARED: u8 = 0xea;
 pub const VECTOR_SPURIOUS: u8 = 0xff;
 
 /// Offset in a ring 0 stack of its last 16 bytes. Interrupt frames are pushed below; the slot
@@ -79,12 +85,14 @@ impl Cpu {
         self.counts[usize::from(vector)].load(Ordering::Relaxed)
     }
 
-    /// Interrupts of vectors nobody asked for.
-    pub fn strays(&self) -> u64 {
+    /// Interrupts of vectors nobody asked for. `lines`: there are interrupt lines.
+    pub fn strays(&self, lines: bool) -> u64 {
         (0x20..0xff)
             .filter(|&v| {
                 let queue = (VECTOR_QUEUES..VECTOR_QUEUES + VECTOR_COUNT as u8).contains(&v);
-                !queue && !matches!(v, VECTOR_CONFIG | VECTOR_TIMER | VECTOR_WAKE)
+                let line = (VECTOR_LINES..VECTOR_LINES + LINES as u8).contains(&v);
+                let known = queue || lines && (line || v == VECTOR_SHARED);
+                !known && !matches!(v, VECTOR_CONFIG | VECTOR_TIMER | VECTOR_WAKE)
             })
             .map(|v| self.count(v))
             .sum()
@@ -131,15 +139,24 @@ fn interrupt_gate(entry: u64, ist: u64) -> [u64; 2] {
     [low, entry >> 32]
 }
 
-fn interrupt_table() -> Vec<u64> {
+fn interrupt_table(cpus: usize) -> Vec<u64> {
     // SAFETY: only the addresses of these symbols are taken.
-    let (faults, irqs, gate) = unsafe {
-        (address(&boot::fault_stubs), address(&boot::irq_stubs), address(&boot::gate_entry))
+    let (faults, irqs, gate, lines) = unsafe {
+        (
+            address(&boot::fault_stubs),
+            address(&boot::irq_stubs),
+            address(&boot::gate_entry),
+            address(&boot::line_stubs),
+        )
     };
+    let (first, count) = (u64::from(VECTOR_LINES), LINES as u64);
     (0..256)
         .flat_map(|v: u64| match v {
             13 => interrupt_gate(gate, IST_GATE),
             0..32 => interrupt_gate(faults + 16 * v, IST_FAULT),
+            _ if cpus > 1 && (first..first + count).contains(&v) => {
+                interrupt_gate(lines + 16 * (v - first), IST_IRQ)
+            }
             _ => interrupt_gate(irqs + 16 * (v - 32), IST_IRQ),
         })
         .collect()
@@ -183,7 +200,7 @@ pub fn init(apic_ids: &[u32], x2apic: bool) -> &'static [Cpu] {
         table[id as usize] = index as u16;
     }
     let gdt = descriptor_table(cpus).leak();
-    let idt = interrupt_table().leak();
+    let idt = interrupt_table(cpus.len()).leak();
     let has_leaf_11 = gate::cpuid(0, 0)[0] >= 11 && gate::cpuid(11, 0)[1] != 0;
     AP_BOOT.id_leaf.store(if has_leaf_11 { 11 } else { 1 }, Ordering::Relaxed);
     AP_BOOT.ids.store(highest + 1, Ordering::Relaxed);

@@ -20,6 +20,7 @@ mod json;
 mod loader;
 mod mailbox;
 mod mem;
+mod mmio;
 mod options;
 mod pattern;
 mod pci;
@@ -44,7 +45,12 @@ use console::Console;
 use cpu::Cpu;
 use loader::Loader;
 use mailbox::Mailbox;
+use mmio::IoApic;
 use options::Options;
+use virtio::{Found, Place};
+
+/// Where a PC has its I/O APIC, unless the firmware says something else.
+const IO_APIC: u64 = 0xfec0_0000;
 
 /// What all CPUs share.
 struct Shared {
@@ -92,7 +98,7 @@ impl Work {
             if let Err(error) = driver.run(lane) {
                 let vcpu = cpu.index.load(Ordering::Relaxed);
                 let queue = lane.queue();
-                let at = disk.address;
+                let at = disk.place;
                 self.failures.push(format!("vCPU {vcpu}, disk {at} queue {queue}: {error}"));
                 // Requests may still be in flight into the buffers.
                 return;
@@ -143,8 +149,16 @@ fn run(console: &mut Console, loader: &Loader) -> ! {
     }
     let mut devices = Devices::default();
     for function in functions.iter().filter(|f| f.vendor == virtio::VENDOR) {
-        if let Err(error) = devices.start(function, cpus, clock, &options) {
+        if let Err(error) = devices.start(&Found::Pci(function), cpus, clock, &options) {
             failures.push(format!("device {}: {error}", function.address));
+        }
+    }
+    for &slot in &options.mmio {
+        let started = IoApic::new(acpi.io_apic.unwrap_or(IO_APIC))
+            .and_then(|io_apic| mmio::Device::find(slot, io_apic))
+            .and_then(|device| devices.start(&Found::Mmio(&device), cpus, clock, &options));
+        if let Err(error) = started {
+            failures.push(format!("device {}: {error}", Place::Mmio(slot.address)));
         }
     }
     let Devices { disks, lanes, rngs } = devices;
@@ -165,13 +179,14 @@ fn run(console: &mut Console, loader: &Loader) -> ! {
     for work in results.iter_mut().flatten() {
         failures.append(&mut work.failures);
     }
-    let strays: u64 = cpus.iter().map(Cpu::strays).sum();
+    let lines = !shared.options.mmio.is_empty();
+    let strays: u64 = cpus.iter().map(|cpu| cpu.strays(lines)).sum();
     if strays > 0 {
         failures.push(format!("{strays} interrupts with vectors nobody asked for"));
     }
     for disk in &shared.disks {
         if let Err(error) = disk.stop() {
-            failures.push(format!("disk {}: {error}", disk.address));
+            failures.push(format!("disk {}: {error}", disk.place));
         }
     }
     let lanes = |disk: usize| {
@@ -227,17 +242,17 @@ struct Devices {
 impl Devices {
     fn start(
         &mut self,
-        function: &pci::Function,
+        found: &Found,
         cpus: &[Cpu],
         clock: Clock,
         options: &Options,
     ) -> Result<(), String> {
         let count = self.disks.len() + self.rngs.len();
         let vector = cpu::VECTOR_QUEUES + (count % cpu::VECTOR_COUNT) as u8;
-        match function.device {
+        match found.device() {
             blk::DEVICE => {
                 let index = self.disks.len();
-                let (disk, lanes) = Disk::start(function, index as u32, vector, cpus, options)?;
+                let (disk, lanes) = Disk::start(found, index as u32, vector, cpus, options)?;
                 self.disks.push(disk);
                 self.lanes.resize_with(cpus.len(), Vec::new);
                 for (vcpu, lane) in lanes.into_iter().enumerate() {
@@ -245,7 +260,7 @@ impl Devices {
                 }
             }
             rng::DEVICE => {
-                self.rngs.push(rng::run(function, vector, &cpus[0], clock, options)?);
+                self.rngs.push(rng::run(found, vector, &cpus[0], clock, options)?);
             }
             _ => {}
         }
@@ -365,7 +380,7 @@ fn state_failure(shared: &Shared, cpu: &Cpu) -> Option<String> {
             };
             let phase =
                 plan::PHASES.get(at as usize & 0xffff).map_or("get-id or flush", |p| p.name);
-            Some(format!("vCPU {index} is stuck, disk {} queue {index}: {phase}", disk.address))
+            Some(format!("vCPU {index} is stuck, disk {} queue {index}: {phase}", disk.place))
         }
     }
 }

@@ -158,6 +158,12 @@ impl Mmio {
         Mmio { base: base as usize, bytes }
     }
 
+    /// The registers from `offset` on.
+    pub fn part(&self, offset: usize) -> Self {
+        assert!(offset <= self.bytes);
+        Mmio { base: self.base + offset, bytes: self.bytes - offset }
+    }
+
     fn at<T>(&self, offset: usize) -> *mut T {
         assert!(offset + size_of::<T>() <= self.bytes, "register {offset:#x} is not there");
         (self.base + offset) as *mut T

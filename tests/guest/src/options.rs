@@ -3,6 +3,8 @@
 use alloc::string::String;
 use alloc::vec::Vec;
 
+use crate::mmio::Slot;
+
 pub struct Options {
     /// Read and write requests per vCPU and disk, over the four phases.
     pub requests: u32,
@@ -20,6 +22,8 @@ pub struct Options {
     pub debug_exit: bool,
     pub event_idx: bool,
     pub indirect: bool,
+    /// Virtio-mmio devices.
+    pub mmio: Vec<Slot>,
     /// Words that mean nothing here.
     pub unknown: Vec<String>,
 }
@@ -36,6 +40,7 @@ impl Options {
             debug_exit: false,
             event_idx: true,
             indirect: true,
+            mmio: Vec::new(),
             unknown: Vec::new(),
         };
         for word in line.split_ascii_whitespace() {
@@ -59,6 +64,12 @@ impl Options {
             "depth" => return set(&mut self.depth, at_least(1)),
             "size" => return set(&mut self.size, at_least(512).filter(|n| n.is_power_of_two())),
             "span" => return set(&mut self.span, at_least(512)),
+            "mmio" => {
+                let slots = Slot::parse_all(value);
+                let good = slots.is_some();
+                self.mmio.extend(slots.into_iter().flatten());
+                return good;
+            }
             "watchdog" => return set(&mut self.watchdog, at_least(1)),
             _ => return false,
         }

@@ -17,7 +17,7 @@ use crate::options::Options;
 use crate::pci::{Ecam, Function};
 use crate::plan::PHASES;
 use crate::rng::{self, Rng};
-use crate::virtio;
+use crate::virtio::{self, Place};
 
 /// With more vCPUs than this a table shows three rows instead of one for each.
 const ROWS: usize = 8;
@@ -87,6 +87,9 @@ pub fn machine(console: &mut Console, machine: &Machine, options: &Options) {
             n => say!(console, " msi-x {n}"),
         };
     }
+    for slot in &options.mmio {
+        say!(console, "  mmio     {:#x}, line {}", slot.address, slot.line);
+    }
     console.flush();
 }
 
@@ -130,7 +133,7 @@ pub fn outcome(console: &mut Console, outcome: &Outcome) {
             say!(
                 console,
                 "rng {}: {} bytes in {} requests, {} of 256 values, {} kicks, {} interrupts",
-                rng.address,
+                rng.place,
                 rng.bytes,
                 rng.requests,
                 rng.distinct,
@@ -193,7 +196,7 @@ fn disk_table(console: &mut Console, disk: &Disk, lanes: &[(usize, &Lane)], cloc
     say!(
         console,
         "disk {} \"{id}\": {}, {} queues of {}, {} driven, requests of {} with up to {} in flight; {}",
-        disk.address,
+        disk.place,
         Size(disk.sectors * 512),
         disk.queues,
         disk.queue_size,
@@ -252,7 +255,7 @@ fn json(console: &mut Console, outcome: &Outcome, reason: Option<&str>) {
         json.key("rng").array(|json| {
             for rng in outcome.rngs {
                 json.object(|json| {
-                    json.key("pci").string(&format!("{}", rng.address));
+                    place(json, rng.place);
                     json.key("bytes").number(rng.bytes);
                     json.key("distinct").number(rng.distinct);
                     json.key("requests").number(rng.requests);
@@ -274,9 +277,17 @@ fn opening(json: &mut Json<Console>, reason: Option<&str>) {
     }
 }
 
+fn place(json: &mut Json<Console>, place: Place) {
+    let key = match place {
+        Place::Pci(_) => "pci",
+        Place::Mmio(_) => "mmio",
+    };
+    json.key(key).string(&format!("{place}"));
+}
+
 fn disk_json(json: &mut Json<Console>, disk: &Disk, lanes: &[(usize, &Lane)], clock: Clock) {
     json.key("disk").number(disk.index);
-    json.key("pci").string(&format!("{}", disk.address));
+    place(json, disk.place);
     json.key("id").string(lanes.first().map_or("", |(_, lane)| lane.id.as_str()));
     json.key("sectors").number(disk.sectors);
     json.key("queues").number(disk.queues);

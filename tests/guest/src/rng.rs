@@ -2,14 +2,12 @@
 
 use alloc::format;
 use alloc::string::String;
-use core::sync::atomic::Ordering;
 
 use crate::apic::Clock;
 use crate::cpu::Cpu;
 use crate::mem;
 use crate::options::Options;
-use crate::pci::{Address, Function};
-use crate::virtio::{self, Segment, Transport};
+use crate::virtio::{self, Found, Place, Segment, Transport};
 use crate::wait::Waiter;
 
 pub const DEVICE: u16 = virtio::MODERN + 4;
@@ -20,7 +18,7 @@ const REQUEST: usize = 64;
 
 /// What came of a random number device.
 pub struct Rng {
-    pub address: Address,
+    pub place: Place,
     pub bytes: u64,
     pub distinct: u64,
     pub requests: u64,
@@ -30,20 +28,18 @@ pub struct Rng {
 
 /// Draws bytes on this CPU, in turn polled and with interrupts, and judges them.
 pub fn run(
-    function: &Function,
+    found: &Found,
     vector: u8,
     cpu: &Cpu,
     clock: Clock,
     options: &Options,
 ) -> Result<Rng, String> {
-    let transport = Transport::open(function)?;
+    let transport = Transport::open(found)?;
     let event_idx = if options.event_idx { virtio::F_EVENT_IDX } else { 0 };
     let features = transport.negotiate(event_idx)?;
     let size = transport.queue_size(0).min(RING);
-    // Not every device has a vector to spare for configuration changes.
-    let entry = transport.msix().vectors().saturating_sub(1).min(1);
-    transport.msix().route(entry, cpu.apic_id.load(Ordering::Relaxed), vector)?;
-    let mut ring = transport.start_queue(0, size, entry, features & virtio::F_EVENT_IDX != 0)?;
+    let vector = transport.route_queue(0, cpu, vector)?;
+    let mut ring = transport.start_queue(0, size, features & virtio::F_EVENT_IDX != 0);
     transport.driver_ok();
 
     let mut waiter = Waiter::new(cpu, clock, options.watchdog);
@@ -88,7 +84,7 @@ pub fn run(
     transport.check()?;
     transport.reset()?;
     Ok(Rng {
-        address: function.address,
+        place: found.place(),
         bytes: bytes as u64,
         distinct: distinct as u64,
         requests,

@@ -1,13 +1,16 @@
-//! Virtio 1.x over PCI: the transport, and the driver's side of a split ring.
+//! Virtio 1.x: devices over PCI or MMIO, and the driver's side of a split ring.
 
 use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec;
+use core::fmt;
 use core::sync::atomic::{AtomicU16, Ordering, fence};
 
+use crate::cpu::{Cpu, VECTOR_CONFIG};
 use crate::mem::{self, Mmio};
-use crate::pci::{Function, MsixTable};
+use crate::mmio;
+use crate::pci::{Address, Function, MsixTable};
 
 pub const VENDOR: u16 = 0x1af4;
 /// Device ids of virtio 1.x devices start here.
@@ -44,8 +47,79 @@ mod common {
     pub const QUEUE_DEVICE: usize = 48;
 }
 
-/// The registers of one device.
-pub struct Transport {
+/// Where a device is.
+#[derive(Clone, Copy)]
+pub enum Place {
+    Pci(Address),
+    Mmio(u64),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Place::Pci(address) => address.fmt(f),
+            Place::Mmio(address) => write!(f, "mmio@{address:x}"),
+        }
+    }
+}
+
+/// A device that was found.
+pub enum Found<'a> {
+    Pci(&'a Function),
+    Mmio(&'a mmio::Device),
+}
+
+impl Found<'_> {
+    pub fn place(&self) -> Place {
+        match self {
+            Found::Pci(function) => Place::Pci(function.address),
+            Found::Mmio(device) => Place::Mmio(device.slot.address),
+        }
+    }
+
+    /// The kind of device, as PCI's device ids say it.
+    pub fn device(&self) -> u16 {
+        match self {
+            Found::Pci(function) => function.device,
+            Found::Mmio(device) => MODERN + device.id(),
+        }
+    }
+}
+
+/// The addresses of a ring.
+pub struct RingAddresses {
+    pub desc: u64,
+    pub driver: u64,
+    pub device: u64,
+}
+
+/// The registers of a device, which each transport has elsewhere.
+pub trait Registers: Send + Sync {
+    fn status(&self) -> u8;
+    fn set_status(&self, status: u8);
+    /// The features on offer, by halves.
+    fn offered(&self, half: u32) -> u32;
+    fn accept(&self, half: u32, features: u32);
+    /// Device configuration, and a number that changes when that does.
+    fn config(&self) -> Option<Mmio>;
+    fn generation(&self) -> u32;
+    fn num_queues(&self) -> u16;
+    /// The largest size of a queue, 0 if it does not exist.
+    fn queue_size(&self, queue: u16) -> u16;
+    /// Says where configuration changes shall be told.
+    fn route_config(&self, cpu: &Cpu) -> Result<(), String>;
+    /// Says on which CPU a queue shall interrupt, if possible with this vector. Returns the vector
+    /// that this CPU will see.
+    fn route_queue(&self, queue: u16, cpu: &Cpu, vector: u8) -> Result<u8, String>;
+    fn enable_queue(&self, queue: u16, size: u16, at: RingAddresses);
+    fn notify(&self, queue: u16) -> Notify;
+    /// Takes note of an interrupt; its causes as virtio 1.2, 4.2.2 numbers them, where the
+    /// transport tells them.
+    fn acknowledge(&self) -> Option<u32>;
+}
+
+/// The registers of a PCI function.
+struct PciRegisters {
     common: Mmio,
     notify: Mmio,
     notify_multiplier: u32,
@@ -53,9 +127,9 @@ pub struct Transport {
     msix: MsixTable,
 }
 
-impl Transport {
-    /// Finds the register blocks, resets the device and says hello.
-    pub fn open(function: &Function) -> Result<Self, String> {
+impl PciRegisters {
+    /// Finds the register blocks.
+    fn open(function: &Function) -> Result<Self, String> {
         function.enable();
         let (mut common, mut notify, mut config) = (None, None, None);
         for cap in function.vendor_capabilities() {
@@ -76,111 +150,199 @@ impl Transport {
         let common = common.ok_or("no common configuration")?;
         let (notify, notify_multiplier) = notify.ok_or("no notify registers")?;
         let msix = function.enable_msix()?;
-        let transport = Transport { common, notify, notify_multiplier, config, msix };
+        Ok(PciRegisters { common, notify, notify_multiplier, config, msix })
+    }
+
+    /// The MSI-X entry of a queue: the first is that of the configuration, if there are more.
+    fn entry(&self, queue: u16) -> Result<u16, String> {
+        match (queue, self.msix.vectors()) {
+            (0, 1) => Ok(0),
+            (queue, vectors) if queue + 1 < vectors => Ok(queue + 1),
+            (queue, vectors) => Err(format!("{vectors} MSI-X vectors, none for queue {queue}")),
+        }
+    }
+}
+
+impl Registers for PciRegisters {
+    fn status(&self) -> u8 {
+        self.common.read8(common::STATUS)
+    }
+
+    fn set_status(&self, status: u8) {
+        self.common.write8(common::STATUS, status);
+    }
+
+    fn offered(&self, half: u32) -> u32 {
+        self.common.write32(common::DEVICE_FEATURE_SELECT, half);
+        self.common.read32(common::DEVICE_FEATURE)
+    }
+
+    fn accept(&self, half: u32, features: u32) {
+        self.common.write32(common::DRIVER_FEATURE_SELECT, half);
+        self.common.write32(common::DRIVER_FEATURE, features);
+    }
+
+    fn config(&self) -> Option<Mmio> {
+        self.config
+    }
+
+    fn generation(&self) -> u32 {
+        self.common.read8(common::GENERATION).into()
+    }
+
+    fn num_queues(&self) -> u16 {
+        self.common.read16(common::NUM_QUEUES)
+    }
+
+    fn queue_size(&self, queue: u16) -> u16 {
+        self.common.write16(common::QUEUE_SELECT, queue);
+        self.common.read16(common::QUEUE_SIZE)
+    }
+
+    fn route_config(&self, cpu: &Cpu) -> Result<(), String> {
+        if self.msix.vectors() < 2 {
+            return Err("no MSI-X vector for the configuration".into());
+        }
+        self.msix.route(0, cpu.apic_id.load(Ordering::Relaxed), VECTOR_CONFIG)?;
+        self.common.write16(common::CONFIG_VECTOR, 0);
+        let took = self.common.read16(common::CONFIG_VECTOR) == 0;
+        took.then_some(()).ok_or_else(|| "the device refuses the configuration vector".into())
+    }
+
+    fn route_queue(&self, queue: u16, cpu: &Cpu, vector: u8) -> Result<u8, String> {
+        let entry = self.entry(queue)?;
+        self.msix.route(entry, cpu.apic_id.load(Ordering::Relaxed), vector)?;
+        self.common.write16(common::QUEUE_SELECT, queue);
+        self.common.write16(common::QUEUE_VECTOR, entry);
+        if self.common.read16(common::QUEUE_VECTOR) != entry {
+            return Err(format!("queue {queue} refuses MSI-X vector {entry}"));
+        }
+        Ok(vector)
+    }
+
+    fn enable_queue(&self, queue: u16, size: u16, at: RingAddresses) {
+        let c = &self.common;
+        c.write16(common::QUEUE_SELECT, queue);
+        c.write16(common::QUEUE_SIZE, size);
+        c.write64(common::QUEUE_DESC, at.desc);
+        c.write64(common::QUEUE_DRIVER, at.driver);
+        c.write64(common::QUEUE_DEVICE, at.device);
+        c.write16(common::QUEUE_ENABLE, 1);
+    }
+
+    fn notify(&self, queue: u16) -> Notify {
+        self.common.write16(common::QUEUE_SELECT, queue);
+        let offset = usize::from(self.common.read16(common::QUEUE_NOTIFY_OFF));
+        let offset = offset * self.notify_multiplier as usize;
+        Notify { registers: self.notify, offset, wide: false }
+    }
+
+    fn acknowledge(&self) -> Option<u32> {
+        None
+    }
+}
+
+/// One device, whatever it hangs on.
+pub struct Transport {
+    registers: Box<dyn Registers>,
+}
+
+impl Transport {
+    /// Resets the device and says hello.
+    pub fn open(found: &Found) -> Result<Self, String> {
+        let registers: Box<dyn Registers> = match found {
+            Found::Pci(function) => Box::new(PciRegisters::open(function)?),
+            Found::Mmio(device) => Box::new(device.open()?),
+        };
+        let transport = Transport { registers };
         transport.reset()?;
-        transport.common.write8(common::STATUS, ACKNOWLEDGE);
-        transport.common.write8(common::STATUS, ACKNOWLEDGE | DRIVER);
+        transport.registers.set_status(ACKNOWLEDGE);
+        transport.registers.set_status(ACKNOWLEDGE | DRIVER);
         Ok(transport)
     }
 
     /// Resets the device and waits for it to say so.
     pub fn reset(&self) -> Result<(), String> {
-        self.common.write8(common::STATUS, 0);
+        self.registers.set_status(0);
         let done = (0..1_000_000).any(|_| {
             core::hint::spin_loop();
-            self.common.read8(common::STATUS) == 0
+            self.registers.status() == 0
         });
         done.then_some(()).ok_or_else(|| "the device does not finish its reset".into())
     }
 
     /// Accepts the features both sides know.
     pub fn negotiate(&self, wanted: u64) -> Result<u64, String> {
-        let c = &self.common;
-        let mut offered = 0;
-        for half in 0..2 {
-            c.write32(common::DEVICE_FEATURE_SELECT, half);
-            offered |= u64::from(c.read32(common::DEVICE_FEATURE)) << (32 * half);
-        }
+        let r = &self.registers;
+        let offered = u64::from(r.offered(0)) | u64::from(r.offered(1)) << 32;
         if offered & F_VERSION_1 == 0 {
             return Err("no virtio 1 device".into());
         }
         let accepted = offered & (wanted | F_VERSION_1 | F_ACCESS_PLATFORM);
-        for half in 0..2 {
-            c.write32(common::DRIVER_FEATURE_SELECT, half);
-            c.write32(common::DRIVER_FEATURE, (accepted >> (32 * half)) as u32);
-        }
-        c.write8(common::STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK);
-        if c.read8(common::STATUS) & FEATURES_OK == 0 {
+        r.accept(0, accepted as u32);
+        r.accept(1, (accepted >> 32) as u32);
+        r.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK);
+        if r.status() & FEATURES_OK == 0 {
             return Err(format!("the device refuses features {accepted:#x}"));
         }
         Ok(accepted)
     }
 
     pub fn num_queues(&self) -> u16 {
-        self.common.read16(common::NUM_QUEUES)
+        self.registers.num_queues()
     }
 
     /// Reads device configuration consistently.
     pub fn config<T>(&self, read: impl Fn(&Mmio) -> T) -> Result<T, String> {
-        let config = self.config.as_ref().ok_or("no device configuration")?;
+        let config = self.registers.config().ok_or("no device configuration")?;
         loop {
-            let before = self.common.read8(common::GENERATION);
-            let value = read(config);
-            if self.common.read8(common::GENERATION) == before {
+            let before = self.registers.generation();
+            let value = read(&config);
+            if self.registers.generation() == before {
                 return Ok(value);
             }
         }
     }
 
-    pub fn msix(&self) -> &MsixTable {
-        &self.msix
+    /// Has configuration changes told to this CPU.
+    pub fn route_config(&self, cpu: &Cpu) -> Result<(), String> {
+        self.registers.route_config(cpu)
     }
 
-    /// Uses MSI-X entry `entry` for configuration changes.
-    pub fn set_config_entry(&self, entry: u16) -> Result<(), String> {
-        self.common.write16(common::CONFIG_VECTOR, entry);
-        let took = self.common.read16(common::CONFIG_VECTOR) == entry;
-        took.then_some(()).ok_or_else(|| "the device refuses the configuration vector".into())
+    /// Has a queue interrupt this CPU; returns with which vector.
+    pub fn route_queue(&self, queue: u16, cpu: &Cpu, vector: u8) -> Result<u8, String> {
+        self.registers.route_queue(queue, cpu, vector)
     }
 
     /// The largest size of a queue, 0 if it does not exist.
     pub fn queue_size(&self, queue: u16) -> u16 {
-        self.common.write16(common::QUEUE_SELECT, queue);
-        self.common.read16(common::QUEUE_SIZE)
+        self.registers.queue_size(queue)
     }
 
-    /// Makes a ring of `size` entries and enables it, with its interrupts on MSI-X `entry`.
-    pub fn start_queue(
-        &self,
-        queue: u16,
-        size: u16,
-        entry: u16,
-        event_idx: bool,
-    ) -> Result<Ring, String> {
-        let c = &self.common;
-        c.write16(common::QUEUE_SELECT, queue);
-        c.write16(common::QUEUE_SIZE, size);
-        c.write16(common::QUEUE_VECTOR, entry);
-        if c.read16(common::QUEUE_VECTOR) != entry {
-            return Err(format!("queue {queue} refuses MSI-X vector {entry}"));
-        }
-        let offset = usize::from(c.read16(common::QUEUE_NOTIFY_OFF));
-        let offset = offset * self.notify_multiplier as usize;
-        let ring = Ring::new(queue, size, event_idx, Notify { registers: self.notify, offset });
-        c.write64(common::QUEUE_DESC, ring.desc as u64);
-        c.write64(common::QUEUE_DRIVER, ring.avail as u64);
-        c.write64(common::QUEUE_DEVICE, ring.used as u64);
-        c.write16(common::QUEUE_ENABLE, 1);
-        Ok(ring)
+    /// Makes a ring of `size` entries and enables it.
+    pub fn start_queue(&self, queue: u16, size: u16, event_idx: bool) -> Ring {
+        let ring = Ring::new(queue, size, event_idx, self.registers.notify(queue));
+        let at = RingAddresses {
+            desc: ring.desc as u64,
+            driver: ring.avail as u64,
+            device: ring.used as u64,
+        };
+        self.registers.enable_queue(queue, size, at);
+        ring
     }
 
     pub fn driver_ok(&self) {
-        self.common.write8(common::STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+        self.registers.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+    }
+
+    /// Takes note of an interrupt, before the rings are looked at.
+    pub fn acknowledge(&self) -> Option<u32> {
+        self.registers.acknowledge()
     }
 
     /// Whether the device still works.
     pub fn check(&self) -> Result<(), String> {
-        let status = self.common.read8(common::STATUS);
+        let status = self.registers.status();
         if status & NEEDS_RESET != 0 {
             return Err(format!("the device needs a reset (status {status:#x})"));
         }
@@ -189,9 +351,21 @@ impl Transport {
 }
 
 /// Where a queue is kicked.
-struct Notify {
-    registers: Mmio,
-    offset: usize,
+pub struct Notify {
+    pub registers: Mmio,
+    pub offset: usize,
+    /// The register has 32 bits, not 16.
+    pub wide: bool,
+}
+
+impl Notify {
+    fn kick(&self, queue: u16) {
+        if self.wide {
+            self.registers.write32(self.offset, queue.into());
+        } else {
+            self.registers.write16(self.offset, queue);
+        }
+    }
 }
 
 /// A descriptor as the device reads it.
@@ -394,7 +568,7 @@ impl Ring {
         };
         if wanted {
             self.kicks += 1;
-            self.notify.registers.write16(self.notify.offset, self.queue);
+            self.notify.kick(self.queue);
         }
     }
 

@@ -87,7 +87,9 @@ impl<'a> Waiter<'a> {
     fn sleep(&mut self, ring: &mut Ring, transport: &Transport, vector: u8) -> Result<(), String> {
         let begin = now();
         let mut checked = begin;
+        let mut slept = false;
         while !ring.has_used() {
+            slept = true;
             if self.halt(ring, TICK_MICROS) {
                 if ring.has_used() {
                     // Only the timer woke us: the interrupt must be on its way.
@@ -97,6 +99,9 @@ impl<'a> Waiter<'a> {
             }
         }
         ring.want_quiet();
+        if slept {
+            transport.acknowledge();
+        }
         Ok(())
     }
 

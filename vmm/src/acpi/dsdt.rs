@@ -4,6 +4,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, aml};
 use devices::legacy::{PanicPort, PowerPorts, Rtc, Serial};
 use devices::pci::{ConfigPorts, Ecam, PciRoot};
+use devices::virtio::mmio;
 
 use super::{Description, OEM, REVISION, TABLE};
 use crate::memory::{BARS, ECAM};
@@ -67,7 +68,7 @@ pub(super) fn dsdt(machine: &Description<'_>) -> Sdt {
         system.push(pci_root());
         system.push(reserved());
     }
-    system.extend(machine.mmio.iter().enumerate().map(|(nth, slot)| virtio_mmio(nth, *slot)));
+    system.extend(machine.mmio.iter().enumerate().map(|(nth, slot)| virtio_mmio(nth, slot)));
     let system: Vec<&dyn Aml> = system.iter().map(|part| part as &dyn Aml).collect();
     parts.push(Code::of(&[&aml::Scope::new("_SB_".into(), system)]));
     let mut dsdt = Sdt::new(*b"DSDT", 36, 2, OEM, TABLE, REVISION);
@@ -103,8 +104,8 @@ fn serial(nth: usize) -> Code {
     device(&label, &[&id, &uid, &name_for_people, &where_it_is])
 }
 
-fn virtio_mmio(nth: usize, slot: MmioSlot) -> Code {
-    let registers = aml::Memory32Fixed::new(true, slot.base as u32, MmioSlot::SIZE as u32);
+fn virtio_mmio(nth: usize, slot: &MmioSlot) -> Code {
+    let registers = aml::Memory32Fixed::new(true, slot.base as u32, mmio::SIZE as u32);
     let where_it_is = resources(&[&registers, &edge(slot.gsi)]);
     let id = name("_HID", &"LNRO0005");
     let coherent = name("_CCA", &aml::ONE);

@@ -11,11 +11,13 @@ use devices::device::{Lifecycle, Paused};
 use devices::virtio::blk::Blk;
 use devices::virtio::rng::Rng;
 use devices::virtio::seat::Placement;
-use devices::virtio::testing::{Rig, Scripted, TestLoop, Whole, memory};
+use devices::virtio::testing::{Interrupt, Rig, Scripted, TestLoop, memory};
 use devices::virtio::transport::status;
 use devices::virtio::{F_INDIRECT_DESC, F_VERSION_1};
 use iothread::{Blocking, PollPolicy, Port, Progress, Strand};
 use vm_memory::{Bytes, GuestAddress};
+
+use crate::VIA;
 
 const HEADER: u64 = 0x10_0000;
 const DATA: u64 = 0x11_0000;
@@ -48,7 +50,7 @@ fn a_loop_that_has_ended_says_so() {
 #[test]
 fn a_device_can_be_reset_after_its_loop_has_ended() {
     let home = TestLoop::new("io0", PollPolicy::OFF);
-    let mut rig = Rig::new(Rng, Placement::Loop(home.handle.clone()), memory(4 << 20));
+    let mut rig = Rig::new(VIA, Rng, Placement::Loop(home.handle.clone()), memory(4 << 20));
     rig.start(64, F_VERSION_1);
     drop(home);
     rig.transport.set_status(0);
@@ -61,7 +63,7 @@ fn empty_descriptors_count_towards_the_length_of_a_chain() {
     const EMPTY: u16 = 128;
     let home = TestLoop::new("io0", PollPolicy::OFF);
     let blk = scripted(|_, _| Submitted::Done(512));
-    let mut rig = Rig::new(blk, Placement::Loop(home.handle.clone()), memory(4 << 20));
+    let mut rig = Rig::new(VIA, blk, Placement::Loop(home.handle.clone()), memory(4 << 20));
     rig.start(64, F_VERSION_1 | F_INDIRECT_DESC);
     let ring = &mut rig.queues[0];
     ring.descriptor(TABLE, 0, (HEADER, 16, false), Some(1), 0);
@@ -73,7 +75,11 @@ fn empty_descriptors_count_towards_the_length_of_a_chain() {
     ring.descriptor(ring.addresses().descriptors, 0, table, None, 4);
     ring.offer(0);
     rig.kick(0);
-    assert_eq!(rig.interrupt(), None, "the queue is retired, not the request answered");
+    assert_eq!(
+        rig.interrupt(),
+        Interrupt::Config,
+        "the queue is retired, not the request answered"
+    );
 }
 
 #[test]
@@ -90,7 +96,7 @@ fn a_request_found_at_the_last_look_before_sleep_is_submitted_again_when_the_rin
     // It polls in principle, but never long enough to find anything.
     let home =
         TestLoop::new("io0", PollPolicy { max: Duration::from_nanos(1), grow: 2, shrink: 0 });
-    let mut rig = Rig::new(blk, Placement::Loop(home.handle.clone()), memory(4 << 20));
+    let mut rig = Rig::new(VIA, blk, Placement::Loop(home.handle.clone()), memory(4 << 20));
     rig.start(64, F_VERSION_1);
     let blocking = Blocking::on_this_thread().unwrap();
     (0..3).for_each(|_| home.handle.barrier().wait(&blocking).unwrap());
@@ -132,7 +138,7 @@ fn a_request_found_at_the_last_look_before_sleep_is_submitted_again_when_the_rin
 fn slow(home: &TestLoop) -> (Rig, Receiver<(Arc<Port>, u16)>) {
     let (backend, submitted) = Scripted::pending();
     let blk = Blk::new(Arc::new(backend), "s", 1, 64);
-    let mut rig = Rig::new(blk, Placement::Loop(home.handle.clone()), memory(4 << 20));
+    let mut rig = Rig::new(VIA, blk, Placement::Loop(home.handle.clone()), memory(4 << 20));
     rig.start(64, F_VERSION_1);
     add(&mut rig, 0);
     rig.kick(0);
@@ -147,34 +153,34 @@ fn a_device_saved_in_the_middle_of_a_reset_is_saved_as_reset() {
     rig.transport.set_status(0);
     port.post(slot, 512);
     let Rig { transport, .. } = rig;
-    let devices: [Arc<dyn Lifecycle>; 1] = [Arc::new(Whole(transport))];
+    let devices: [Arc<dyn Lifecycle>; 1] = [Arc::new(transport)];
     let blocking = Blocking::on_this_thread().unwrap();
     let paused = Paused::pause(&devices, &blocking, Duration::from_secs(5)).unwrap();
     let state = &paused.save()[0];
-    assert_eq!(state.body["status"], 0, "{}", state.body);
+    assert_eq!(state.body["transport"]["status"], 0, "{}", state.body);
 }
 
 #[test]
 fn a_device_that_needs_a_reset_still_does_after_a_restore() {
     let home = TestLoop::new("io0", PollPolicy::OFF);
-    let mut rig = Rig::new(Rng, Placement::Loop(home.handle.clone()), memory(4 << 20));
+    let mut rig = Rig::new(VIA, Rng, Placement::Loop(home.handle.clone()), memory(4 << 20));
     rig.start(64, F_VERSION_1);
     rig.queues[0].offer(4000);
     rig.kick(0);
-    assert_eq!(rig.interrupt(), None);
+    assert_eq!(rig.interrupt(), Interrupt::Config);
     assert_ne!(rig.transport.status() & status::NEEDS_RESET, 0);
     let blocking = Blocking::on_this_thread().unwrap();
     let Rig { transport, mem, .. } = rig;
-    let devices: [Arc<dyn Lifecycle>; 1] = [Arc::new(Whole(transport))];
+    let devices: [Arc<dyn Lifecycle>; 1] = [Arc::new(transport)];
     let paused = Paused::pause(&devices, &blocking, Duration::from_secs(5)).unwrap();
     let states = paused.save();
-    let Rig { transport, .. } = Rig::new(Rng, Placement::Loop(home.handle.clone()), mem);
-    let twin = Arc::new(Whole(transport));
+    let Rig { transport, .. } = Rig::new(VIA, Rng, Placement::Loop(home.handle.clone()), mem);
+    let twin = Arc::new(transport);
     let twins: [Arc<dyn Lifecycle>; 1] = [twin.clone()];
     let paused = Paused::pause(&twins, &blocking, Duration::from_secs(5)).unwrap();
     twins[0].restore(&paused, &states[0]).unwrap();
     paused.resume();
-    assert_ne!(twin.0.status() & status::NEEDS_RESET, 0);
+    assert_ne!(twin.status() & status::NEEDS_RESET, 0);
 }
 
 #[test]

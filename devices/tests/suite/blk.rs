@@ -10,11 +10,13 @@ use devices::block::raw::{Engine, Options, RawImage};
 use devices::device::{Lifecycle, PauseError, Paused};
 use devices::virtio::blk::Blk;
 use devices::virtio::seat::Placement;
-use devices::virtio::testing::{Rig, Scripted, TestLoop, Whole, memory};
+use devices::virtio::testing::{Interrupt, Rig, Scripted, TestLoop, memory};
 use devices::virtio::transport::status;
 use devices::virtio::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 use iothread::{Blocking, LoopHandle, PollPolicy, Port};
 use vm_memory::{Bytes, GuestAddress};
+
+use crate::VIA;
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
@@ -89,7 +91,7 @@ fn everywhere(test: impl Fn(Placement<LoopHandle>, Engine, u64)) {
 fn what_was_written_is_in_the_image_and_is_read_back() {
     everywhere(|placement, engine, features| {
         let file = image();
-        let mut rig = Rig::new(disk(&file, options(engine), 1), placement, memory(4 << 20));
+        let mut rig = Rig::new(VIA, disk(&file, options(engine), 1), placement, memory(4 << 20));
         rig.start(64, features);
         for round in 0..20u64 {
             let pattern: Vec<u8> = (0..1024).map(|n| (n as u8).wrapping_add(round as u8)).collect();
@@ -114,7 +116,7 @@ fn what_was_written_is_in_the_image_and_is_read_back() {
 fn a_full_ring_is_served_without_loss() {
     everywhere(|placement, engine, features| {
         let file = image();
-        let mut rig = Rig::new(disk(&file, options(engine), 1), placement, memory(4 << 20));
+        let mut rig = Rig::new(VIA, disk(&file, options(engine), 1), placement, memory(4 << 20));
         rig.start(256, features);
         let (mut sent, mut back) = (0, 0);
         while back < 1000 {
@@ -144,7 +146,8 @@ fn queues_that_share_a_loop_are_all_served() {
     everywhere(|placement, engine, features| {
         const QUEUES: u16 = 4;
         let file = image();
-        let mut rig = Rig::new(disk(&file, options(engine), QUEUES), placement, memory(4 << 20));
+        let mut rig =
+            Rig::new(VIA, disk(&file, options(engine), QUEUES), placement, memory(4 << 20));
         rig.start(64, features);
         for round in 0..20 {
             for queue in 0..QUEUES {
@@ -193,7 +196,7 @@ fn requests_that_cannot_be_are_answered_and_the_queue_lives() {
     let home = TestLoop::new("io0", PollPolicy::OFF);
     let file = image();
     let blk = disk(&file, options(Engine::Sync), 1);
-    let mut rig = Rig::new(blk, Placement::Loop(home.handle.clone()), memory(4 << 20));
+    let mut rig = Rig::new(VIA, blk, Placement::Loop(home.handle.clone()), memory(4 << 20));
     rig.start(64, PLAIN);
     let read = |len| [(DATA, len, true)];
     assert_eq!(request(&mut rig, 77, 0, &[]), (UNSUPP, 1));
@@ -214,8 +217,12 @@ fn a_read_only_disk_refuses_writes() {
     let home = TestLoop::new("io0", PollPolicy::OFF);
     let file = image();
     let read_only = Options { read_only: true, ..options(Engine::IoUring) };
-    let mut rig =
-        Rig::new(disk(&file, read_only, 1), Placement::Loop(home.handle.clone()), memory(4 << 20));
+    let mut rig = Rig::new(
+        VIA,
+        disk(&file, read_only, 1),
+        Placement::Loop(home.handle.clone()),
+        memory(4 << 20),
+    );
     rig.start(64, ALL);
     assert_ne!(rig.features & 1 << 5, 0, "VIRTIO_BLK_F_RO");
     assert_eq!(request(&mut rig, OUT, 0, &[(DATA, 512, false)]), (IOERR, 1));
@@ -228,7 +235,7 @@ fn header_and_status_may_be_split_anywhere() {
     let file = image();
     file.write_all_at(&[7; 512], 512).unwrap();
     let blk = disk(&file, options(Engine::IoUring), 1);
-    let mut rig = Rig::new(blk, Placement::Loop(home.handle.clone()), memory(4 << 20));
+    let mut rig = Rig::new(VIA, blk, Placement::Loop(home.handle.clone()), memory(4 << 20));
     rig.start(64, PLAIN);
     prepare(&rig, 0, IN, 1);
     // The status byte is the last of the one writable descriptor.
@@ -245,7 +252,7 @@ fn header_and_status_may_be_split_anywhere() {
 fn an_image_that_shrinks_fails_requests_and_nothing_else() {
     everywhere(|placement, engine, features| {
         let file = image();
-        let mut rig = Rig::new(disk(&file, options(engine), 1), placement, memory(4 << 20));
+        let mut rig = Rig::new(VIA, disk(&file, options(engine), 1), placement, memory(4 << 20));
         rig.start(64, features);
         file.set_len(1536).unwrap();
         assert_eq!(request(&mut rig, IN, 100, &[(DATA, 512, true)]).0, IOERR);
@@ -281,11 +288,11 @@ fn a_broken_chain_retires_its_queue_alone_until_a_reset() {
     for (nth, break_it) in breaks.into_iter().enumerate() {
         let file = image();
         let blk = disk(&file, options(Engine::IoUring), 2);
-        let mut rig = Rig::new(blk, Placement::Loop(home.handle.clone()), memory(4 << 20));
+        let mut rig = Rig::new(VIA, blk, Placement::Loop(home.handle.clone()), memory(4 << 20));
         rig.start(64, PLAIN);
         break_it(&mut rig);
         rig.kick(0);
-        assert_eq!(rig.interrupt(), None, "{nth}: a configuration interrupt");
+        assert_eq!(rig.interrupt(), Interrupt::Config, "{nth}: a configuration interrupt");
         assert_ne!(rig.transport.status() & status::NEEDS_RESET, 0, "{nth}");
         prepare(&rig, 1, IN, 0);
         rig.queues[1]
@@ -306,7 +313,7 @@ fn rings_outside_memory_need_a_reset() {
     let home = TestLoop::new("io0", PollPolicy::OFF);
     let file = image();
     let blk = disk(&file, options(Engine::IoUring), 1);
-    let rig = Rig::new(blk, Placement::Loop(home.handle.clone()), memory(1 << 20));
+    let rig = Rig::new(VIA, blk, Placement::Loop(home.handle.clone()), memory(1 << 20));
     let transport = &rig.transport;
     transport.set_driver_features(F_VERSION_1);
     transport.set_status(3 | status::FEATURES_OK);
@@ -325,7 +332,7 @@ fn rings_outside_memory_need_a_reset() {
 fn slow_rig(home: &TestLoop, features: u64) -> (Rig, Receiver<(Arc<Port>, u16)>) {
     let (backend, submitted) = Scripted::pending();
     let blk = Blk::new(Arc::new(backend), "slow", 1, 64);
-    let mut rig = Rig::new(blk, Placement::Loop(home.handle.clone()), memory(4 << 20));
+    let mut rig = Rig::new(VIA, blk, Placement::Loop(home.handle.clone()), memory(4 << 20));
     rig.start(64, features);
     prepare(&rig, 0, IN, 0);
     rig.queues[0].add(&[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]).unwrap();
@@ -356,7 +363,7 @@ fn a_pause_that_takes_too_long_names_the_queue_and_the_device_runs_on() {
     let (port, slot) = submitted.recv().unwrap();
     let blocking = Blocking::on_this_thread().unwrap();
     let Rig { transport, mem, .. } = rig;
-    let devices: [Arc<dyn Lifecycle>; 1] = [Arc::new(Whole(transport))];
+    let devices: [Arc<dyn Lifecycle>; 1] = [Arc::new(transport)];
     let error = Paused::pause(&devices, &blocking, Duration::from_millis(5)).unwrap_err();
     assert!(matches!(error, PauseError { part, .. } if part == "disk.test:q0"));
     port.post(slot, 512);
@@ -373,13 +380,13 @@ fn a_paused_disk_is_saved_and_goes_on_elsewhere() {
     let file = image();
     let place = || Placement::Loop(home.handle.clone());
     let mem = memory(4 << 20);
-    let mut first = Rig::new(disk(&file, options(Engine::IoUring), 1), place(), mem.clone());
+    let mut first = Rig::new(VIA, disk(&file, options(Engine::IoUring), 1), place(), mem.clone());
     first.start(64, ALL);
     for sector in 0..5 {
         assert_eq!(request(&mut first, OUT, sector, &[(DATA, 512, false)]), (OK, 1));
     }
     let Rig { transport, mut queues, features, .. } = first;
-    let devices: [Arc<dyn Lifecycle>; 1] = [Arc::new(Whole(transport))];
+    let devices: [Arc<dyn Lifecycle>; 1] = [Arc::new(transport)];
     let paused = Paused::pause(&devices, &blocking, Duration::from_secs(30)).unwrap();
     // The driver goes on adding while the device stands still.
     let ring = &mut queues[0];
@@ -389,16 +396,16 @@ fn a_paused_disk_is_saved_and_goes_on_elsewhere() {
     let states = paused.save();
     assert!(ring.take_used().is_none());
 
-    let mut second = Rig::new(disk(&file, options(Engine::IoUring), 1), place(), mem);
+    let mut second = Rig::new(VIA, disk(&file, options(Engine::IoUring), 1), place(), mem);
     second.queues = queues;
     second.features = features;
     let Rig { transport, queues, interrupts, mem, .. } = second;
-    let twins: [Arc<dyn Lifecycle>; 1] = [Arc::new(Whole(transport))];
+    let twins: [Arc<dyn Lifecycle>; 1] = [Arc::new(transport)];
     let paused_twin = Paused::pause(&twins, &blocking, Duration::from_secs(30)).unwrap();
     let text = serde_json::to_string(&states[0]).unwrap();
     twins[0].restore(&paused_twin, &serde_json::from_str(&text).unwrap()).unwrap();
     assert!(twins[0].restore(&paused_twin, &states[0]).is_err(), "it is running already");
-    assert_eq!(interrupts.queue.load(std::sync::atomic::Ordering::Acquire), 0);
+    assert_eq!(interrupts.count(), 0);
     paused_twin.resume();
     let mut queues = queues;
     queues[0].want_interrupt();

@@ -1,0 +1,12 @@
+//! The suite that both transports run, over MMIO.
+
+use devices::virtio::testing::Via;
+
+const VIA: Via = Via::Mmio;
+
+#[path = "suite/blk.rs"]
+mod blk;
+#[path = "suite/corners.rs"]
+mod corners;
+#[path = "suite/placements.rs"]
+mod placements;
