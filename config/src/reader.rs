@@ -234,6 +234,7 @@ fn elsewhere(name: &str) -> Option<String> {
             let (inner, path, header) = match &key.shape {
                 Shape::Table(inner) | Shape::Lift(inner) => (*inner, path.clone(), path),
                 Shape::Named(inner, _) => (*inner, format!("{path}.NAME"), format!("{path}.NAME")),
+                Shape::List(Shape::Table(inner)) => (*inner, path.clone(), format!("[{path}]")),
                 Shape::Either(shapes) => {
                     let inner = shapes.iter().find_map(|shape| match shape {
                         Shape::List(Shape::Table(inner)) => Some(*inner),

@@ -12,9 +12,9 @@ use acpi_tables::{Aml, aml};
 
 use crate::memory::ECAM;
 
-const OEM: [u8; 6] = *b"HEDDLE";
-const TABLE: [u8; 8] = *b"HEDDLEVM";
-const REVISION: u32 = 1;
+pub(crate) const OEM: [u8; 6] = *b"HEDDLE";
+pub(crate) const TABLE: [u8; 8] = *b"HEDDLEVM";
+pub(crate) const REVISION: u32 = 1;
 
 const LOCAL_APIC: u32 = 0xfee0_0000;
 const IO_APIC: u32 = 0xfec0_0000;
@@ -26,7 +26,7 @@ const RESET_PORT: u16 = 0xcf9;
 const RESET_VALUE: u8 = 6;
 
 /// xAPIC ids end here: 255 is broadcast.
-const X2APIC_FROM: u32 = 255;
+pub(crate) const X2APIC_FROM: u32 = 255;
 
 /// Tables laid out one after the other from a base address.
 struct Layout {

@@ -1,6 +1,7 @@
 //! The virtual machine: KVM, memory, boot, vCPUs, and the `heddle` program's commands.
 
 pub mod acpi;
+pub mod acpi_numa;
 pub mod bench;
 pub mod boot;
 pub mod cli;
@@ -10,6 +11,7 @@ pub mod ending;
 pub mod irq;
 pub mod machine;
 pub mod memory;
+pub mod prealloc;
 pub mod run;
 pub mod terminal;
 pub mod timing;

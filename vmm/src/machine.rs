@@ -35,7 +35,8 @@ use crate::console::{Line, Sink};
 use crate::cpuid::{self, Topology};
 use crate::ending::Ending;
 use crate::irq::{KvmIrq, KvmLine};
-use crate::memory::{self, BARS, ECAM, KVM_PAGES};
+use crate::memory::{self, BARS, ECAM, GuestMemory, KVM_PAGES};
+use crate::prealloc;
 use crate::terminal::output;
 use crate::timing::Timing;
 use crate::vcpu::{self, Vcpu};
@@ -94,6 +95,8 @@ pub struct Machine {
     pub ending: Ending,
     /// By disk: a handle on its image, to look at it after the run.
     pub images: Vec<(String, File)>,
+    /// The threads that touched its memory, which have ended.
+    pub prealloc: Vec<Granted>,
     shared: Arc<vcpu::Shared>,
     loops: Vec<(LoopHandle, Thread)>,
     vcpus: Vec<Vcpu>,
@@ -101,7 +104,7 @@ pub struct Machine {
     start: Vec<Sender<()>>,
     devices: Vec<Arc<dyn Lifecycle>>,
     /// After everything that may use it.
-    _memory: Mem,
+    _memory: GuestMemory,
 }
 
 /// What is put together while a machine is built.
@@ -133,11 +136,18 @@ impl Machine {
         let ending = Ending::new().map_err(|e| HostError::new("eventfd", e))?;
         let vm = create_vm(&kvm)?;
         timing.lap("KVM");
-        let memory = memory::allocate(plan.machine.memory, plan.machine.hugepages)
-            .map_err(|e| HostError::new("machine.memory", e))?;
-        memory::attach(&vm, &memory).map_err(|e| HostError::new("machine.memory", e))?;
+        let guest_memory = memory::allocate(plan.machine.memory, plan.machine.hugepages)?;
+        let memory = guest_memory.mem();
+        let mut memory_fallbacks = memory::bind(memory, plan);
         timing.lap("guest memory");
-        let mut parts = Parts::new(vm, Arc::clone(&memory), ending);
+        let touched = prealloc::touch(memory, plan)?;
+        if !touched.threads.is_empty() {
+            timing.lap("prealloc");
+        }
+        memory_fallbacks.extend(touched.fallbacks);
+        memory::attach(&vm, memory).map_err(|e| HostError::new("machine.memory", e))?;
+        let mut parts = Parts::new(vm, Arc::clone(memory), ending);
+        parts.fallbacks = memory_fallbacks;
         parts.spawn_loops(plan)?;
         timing.lap("loops");
         let lines = parts.add_legacy(plan, to_stderr)?;
@@ -151,7 +161,7 @@ impl Machine {
         };
         let apic_ids: Vec<u32> =
             (0..plan.vcpus.len() as u32).map(|vcpu| topology.apic_id(vcpu)).collect();
-        let entry = load(plan, &memory, &apic_ids)?;
+        let entry = load(plan, memory, &apic_ids)?;
         timing.lap("kernel");
         let shared = Arc::new(vcpu::Shared {
             ports: Arc::clone(&parts.ports),
@@ -171,7 +181,8 @@ impl Machine {
             vcpus,
             start,
             devices,
-            _memory: memory,
+            prealloc: touched.threads,
+            _memory: guest_memory,
         };
         Ok((machine, lines))
     }
@@ -275,7 +286,8 @@ fn load(plan: &Plan, memory: &Mem, apic_ids: &[u32]) -> Result<boot::Entry, Host
     Ok(boot::load(memory, boot, apic_ids)?)
 }
 
-fn cpu_ids(cpus: &CpuSet) -> Vec<usize> {
+/// As [`ThreadSpec`] wants them.
+pub(crate) fn cpu_ids(cpus: &CpuSet) -> Vec<usize> {
     cpus.iter().map(|cpu| cpu as usize).collect()
 }
 

@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 
 use config::plan::{Plan, SerialOut, Verdict};
 use config::{Host, Loaded, Severity};
-use iothread::Blocking;
+use iothread::{Blocking, Granted};
 use serde_json::{Value, json};
 
 use crate::cli::Run;
@@ -90,7 +90,14 @@ fn run_plan(options: &Run, loaded: &Loaded, mut timing: Timing) -> Result<u8, Ho
     iothread::raise_file_limit().map_err(|error| HostError::new("open files", error))?;
     timing.lap("host");
     let console_on_stderr = options.json;
-    let (mut machine, lines) = Machine::build(plan, console_on_stderr, &mut timing)?;
+    let (mut machine, lines) = match Machine::build(plan, console_on_stderr, &mut timing) {
+        Ok(built) => built,
+        // Large memory takes its time.
+        Err(error) => match signals.next() {
+            Some(signal) => return Ok(stopped_early(options, plan, signal)),
+            None => return Err(error),
+        },
+    };
     let fallbacks: Vec<_> =
         machine.fallbacks.iter().map(|f| format!("{}: {}", f.whose, f.what)).collect();
     if plan.policy.fallback == Verdict::Warn {
@@ -119,6 +126,7 @@ fn run_plan(options: &Run, loaded: &Loaded, mut timing: Timing) -> Result<u8, Ho
     let end = supervisor.wait(&ending, options.timeout);
     let threads = machine.threads();
     let images = std::mem::take(&mut machine.images);
+    let prealloc = std::mem::take(&mut machine.prealloc);
     let stopped = machine.stop(&blocking);
     supervisor.finish(&ending);
     drop(raw);
@@ -131,7 +139,13 @@ fn run_plan(options: &Run, loaded: &Loaded, mut timing: Timing) -> Result<u8, Ho
     if plan.boot.kernel.is_none() {
         end = verdict::judge(end, guest.as_ref(), &images);
     }
-    let report = Report { end: &end, threads: &threads, fallbacks: &fallbacks, timing: &timing };
+    let report = Report {
+        end: &end,
+        threads: &threads,
+        prealloc: &prealloc,
+        fallbacks: &fallbacks,
+        timing: &timing,
+    };
     if options.json {
         if !print_json(&report.to_json(loaded, guest.as_ref())) {
             return Ok(INTERNAL);
@@ -140,6 +154,18 @@ fn run_plan(options: &Run, loaded: &Loaded, mut timing: Timing) -> Result<u8, Ho
         report.say(options, plan);
     }
     Ok(end.exit_code())
+}
+
+/// A signal came before the guest ran.
+fn stopped_early(options: &Run, plan: &Plan, signal: i32) -> u8 {
+    let end = End::Signal(signal);
+    if options.json {
+        let (exit, reason, message) = (end.exit_code(), end.reason(), end.to_string());
+        print_json(&json!({ "exit": exit, "reason": reason, "message": message }));
+    } else {
+        eprintln!("heddle: {}: {end}, before the guest ran", plan.name);
+    }
+    end.exit_code()
 }
 
 /// A thread that panics ends the machine: without its work a guest would only hang.
@@ -166,8 +192,8 @@ impl Doubts {
     }
 
     fn say(&self) {
-        // CPUs and priorities that cannot be had are said later, with what there is instead.
-        let said_later = ["W07", "W08", "W09"];
+        // CPUs, nodes and priorities that cannot be had are said later, with what there is instead.
+        let said_later = ["W07", "W08", "W09", "W20", "W25"];
         for doubt in self.0.iter().filter(|doubt| !said_later.contains(&doubt.code)) {
             eprintln!("heddle: warning[{}]: {}", doubt.code, doubt.message);
         }
@@ -177,6 +203,7 @@ impl Doubts {
 struct Report<'a> {
     end: &'a End,
     threads: &'a [ThreadInfo],
+    prealloc: &'a [Granted],
     fallbacks: &'a [String],
     timing: &'a TimingReport,
 }
@@ -199,6 +226,9 @@ impl Report<'_> {
                 "counters": counters,
             })
         });
+        let prealloc = self.prealloc.iter().map(
+            |granted| json!({ "name": granted.name, "tid": granted.tid, "cpus": granted.cpus }),
+        );
         let raw = match self.end {
             End::DebugExit(value) => Some(*value),
             _ => None,
@@ -211,6 +241,7 @@ impl Report<'_> {
             "not-granted": self.fallbacks,
             "timing": self.timing,
             "threads": threads.collect::<Vec<_>>(),
+            "prealloc": prealloc.collect::<Vec<_>>(),
             "guest": guest,
             "effective": loaded.effective,
         })
