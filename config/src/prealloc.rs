@@ -47,11 +47,16 @@ pub fn touchers(plan: &Plan, host: &Host) -> Vec<Toucher> {
         None => (host.usable().len() as u64).clamp(1, MOST_BY_DEFAULT),
     };
     let mut touchers = Vec::new();
+    let mut before = 0;
     for (node, ranges) in groups(plan, wish.near) {
         let bytes: u64 = ranges.iter().map(|range| range.end - range.start).sum();
         let pieces = bytes / piece;
-        let share = u128::from(wanted) * u128::from(bytes) / u128::from(plan.machine.memory.max(1));
-        let count = (share as u64).clamp(1, pieces.max(1));
+        // Of all threads, so many are for the memory up to here.
+        let upto = |bytes: u64| {
+            (u128::from(wanted) * u128::from(bytes) / u128::from(plan.machine.memory.max(1))) as u64
+        };
+        let count = (upto(before + bytes) - upto(before)).clamp(1, pieces.max(1));
+        before += bytes;
         let cpus = node.map(|node| host.usable_on(node)).filter(|cpus| !cpus.is_empty());
         for nth in 0..count {
             let part = |nth: u64| (u128::from(pieces) * u128::from(nth) / u128::from(count)) as u64;

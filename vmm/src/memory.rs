@@ -126,7 +126,9 @@ impl Drop for Mapping {
 
 /// Makes guest memory of `bytes` bytes in a memfd, with huge pages of `hugepages` bytes if given.
 pub fn allocate(bytes: u64, hugepages: Option<u64>) -> Result<GuestMemory, HostError> {
-    map(bytes, hugepages).map_err(|error| {
+    // Huge pages are promised at the time of mapping; a guest must not die of a missing one.
+    let reserve = if hugepages.is_some() { 0 } else { libc::MAP_NORESERVE };
+    map(bytes, hugepages, reserve).map_err(|error| {
         let no_room = matches!(error.raw_os_error(), Some(libc::ENOMEM | libc::ENOSPC));
         match hugepages {
             Some(page) if no_room => too_few_hugepages(bytes, page),
@@ -157,7 +159,7 @@ fn too_few_hugepages(bytes: u64, page: u64) -> HostError {
     HostError::new("machine.memory.hugepages", why)
 }
 
-fn map(bytes: u64, hugepages: Option<u64>) -> io::Result<GuestMemory> {
+pub(crate) fn map(bytes: u64, hugepages: Option<u64>, reserve: i32) -> io::Result<GuestMemory> {
     let flags = match hugepages {
         Some(page) => libc::MFD_HUGETLB | page.trailing_zeros() << libc::MFD_HUGE_SHIFT,
         None => 0,
@@ -175,8 +177,6 @@ fn map(bytes: u64, hugepages: Option<u64>) -> io::Result<GuestMemory> {
     // Both regions begin at multiples of 1 GiB in the guest and in the file, so a multiple of the
     // page is congruent to either.
     let align = hugepages.unwrap_or(ALIGN) as usize;
-    // Huge pages are promised at the time of mapping; a guest must not die of a missing one.
-    let reserve = if hugepages.is_some() { 0 } else { libc::MAP_NORESERVE };
     let mut mappings = Vec::new();
     let mut regions = Vec::new();
     for range in guest_ranges(0..bytes) {
@@ -311,13 +311,134 @@ pub fn attach(vm: &VmFd, memory: &Mem) -> Result<(), kvm_ioctls::Error> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use std::os::unix::fs::MetadataExt;
+    use std::path::Path;
+
     use super::*;
+
+    /// The plan of a file.
+    pub(crate) fn plan(text: &str) -> Plan {
+        config::load_str("vm.toml", text, Path::new("/"), &[]).unwrap().plan
+    }
+
+    /// The lines that the kernel has on the mapping that begins with this region.
+    pub(crate) fn smaps(region: &GuestRegionMmap) -> Option<String> {
+        let start = format!("{:x}-", region.as_ptr() as usize);
+        let all = fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut lines = all.lines().skip_while(|line| !line.starts_with(&start));
+        let first = lines.next()?.to_owned();
+        let is_field = |line: &&str| line.split(' ').next().is_some_and(|word| word.ends_with(':'));
+        Some(lines.take_while(is_field).fold(first, |text, line| text + "\n" + line))
+    }
 
     #[test]
     fn memory_that_does_not_fit_below_the_holes_goes_on_at_4_gib() {
         let memory = allocate(LOW_RAM_END + (2 << 20), None).unwrap();
         let parts: Vec<_> = memory.mem().iter().map(|r| (r.start_addr().0, r.len())).collect();
         assert_eq!(parts, [(0, LOW_RAM_END), (HIGH_RAM, 2 << 20)]);
+    }
+
+    #[test]
+    fn a_huge_page_of_the_host_can_back_one_of_the_guest() {
+        // Several, because one alone may be aligned by chance.
+        let all: Vec<_> =
+            (1..=8).map(|n| allocate(LOW_RAM_END + n * ALIGN, None).unwrap()).collect();
+        for region in all.iter().flat_map(|memory| memory.mem().iter()) {
+            let file = region.file_offset().unwrap().start();
+            for address in [region.as_ptr() as u64, file] {
+                assert_eq!(address % ALIGN, region.start_addr().0 % ALIGN, "{address:#x}");
+            }
+            let smaps = smaps(region).unwrap();
+            let flags = smaps.lines().find_map(|line| line.strip_prefix("VmFlags:")).unwrap();
+            assert!(flags.contains(" dd"), "no part of a core dump: {flags}");
+            let has_thp = Path::new("/sys/kernel/mm/transparent_hugepage").exists();
+            assert_eq!(flags.contains(" hg"), has_thp, "{flags}");
+        }
+    }
+
+    #[test]
+    fn mappings_go_with_their_last_user() {
+        // The address may be another test's by then; the inode is nobody else's.
+        let inode = |memory: &GuestMemory| {
+            let region = memory.mem().iter().next().unwrap();
+            region.file_offset().unwrap().file().metadata().unwrap().ino()
+        };
+        let is_mapped = |inode: u64| {
+            let maps = fs::read_to_string("/proc/self/maps").unwrap();
+            maps.lines().any(|line| line.contains(&format!(" {inode} ")) && line.contains("heddle"))
+        };
+        let memory = allocate(ALIGN, None).unwrap();
+        let first = inode(&memory);
+        assert!(is_mapped(first));
+        let user = Arc::clone(memory.mem());
+        drop(memory);
+        assert!(is_mapped(first), "somebody may still write there");
+        drop(user);
+        let memory = allocate(LOW_RAM_END + ALIGN, None).unwrap();
+        let second = inode(&memory);
+        assert!(is_mapped(second));
+        drop(memory);
+        assert!(!is_mapped(second));
+    }
+
+    #[test]
+    fn nodes_lie_one_after_the_other_around_the_hole() {
+        assert_eq!(nodes(&plan("")), []);
+        let text = "[machine]\ncpus = 4\n\
+            [[numa]]\nvcpus = \"0,3\"\nmemory = \"2G\"\n\
+            [[numa]]\nvcpus = \"1-2\"\nmemory = \"2G\"\n\
+            [[numa]]\nmemory = \"2M\"";
+        let nodes = nodes(&plan(text));
+        let seen: Vec<_> =
+            nodes.iter().map(|node| (node.vcpus.to_string(), node.ranges.clone())).collect();
+        let gib = 1u64 << 30;
+        let low = (0..2 * gib, 2 * gib..3 * gib);
+        let high = (4 * gib..5 * gib, 5 * gib..5 * gib + ALIGN);
+        assert_eq!(
+            seen,
+            [
+                ("0,3".to_owned(), vec![low.0]),
+                ("1-2".to_owned(), vec![low.1, high.0]),
+                (String::new(), vec![high.1]),
+            ]
+        );
+        assert_eq!(nodes[1].distances, [20, 10, 20]);
+        let said = "[[numa]]\nvcpus = \"0\"\nmemory = \"3G\"\ndistances = [10, 31]\n\
+            [[numa]]\nmemory = \"2M\"\ndistances = [31, 10]";
+        let nodes = super::nodes(&plan(said));
+        assert_eq!((&nodes[0].ranges[..], nodes[0].distances[1]), (&[0..3 * gib][..], 31));
+        assert_eq!(nodes[1].ranges, [HIGH_RAM..HIGH_RAM + ALIGN]);
+    }
+
+    #[test]
+    fn memory_is_bound_to_its_host_node_or_it_is_said() {
+        let text = "[[numa]]\nvcpus = \"0\"\nmemory = \"4M\"\n\
+            [[numa]]\nmemory = \"2M\"\nhost-node = 0\n\
+            [[numa]]\nmemory = \"2M\"\nhost-node = 1023";
+        let plan = plan(text);
+        let memory = allocate(plan.machine.memory, None).unwrap();
+        let fallbacks = bind(memory.mem(), &plan);
+        let last = fallbacks.last().unwrap();
+        assert_eq!(last.whose, "numa node 2");
+        assert!(last.what.starts_with("wanted memory of host node 1023"), "{}", last.what);
+        if fallbacks.len() == 1 {
+            let start = memory.mem().iter().next().unwrap().as_ptr() as usize;
+            let maps = fs::read_to_string("/proc/self/numa_maps").unwrap();
+            let policy = |at: usize| {
+                let line = maps.lines().find_map(|line| line.strip_prefix(&format!("{at:x} ")));
+                line.map(|line| line.split(' ').next().unwrap_or_default())
+            };
+            assert_eq!(policy(start), Some("default"));
+            assert_eq!(policy(start + (4 << 20)), Some("bind:0"));
+            assert_eq!(policy(start + (6 << 20)), Some("default"));
+        }
+    }
+
+    #[test]
+    fn huge_pages_that_are_not_there_are_an_error_and_not_a_signal() {
+        // More than any host has.
+        let error = allocate(64 << 40, Some(2 << 20)).unwrap_err().to_string();
+        assert!(error.starts_with("machine.memory.hugepages: "), "{error}");
     }
 }

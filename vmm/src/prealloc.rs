@@ -263,3 +263,108 @@ fn reserve(memory: &Mem, range: Range<u64>) -> io::Result<()> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::Bytes;
+
+    use super::*;
+    use crate::memory::tests::{plan, smaps};
+    use crate::memory::{HIGH_RAM, LOW_RAM_END, allocate};
+
+    /// KiB of each region that are there.
+    fn resident(memory: &Mem) -> Vec<u64> {
+        let rss = |smaps: String| {
+            let rss = smaps.lines().find_map(|line| line.strip_prefix("Rss:"));
+            rss.and_then(|rss| rss.trim().strip_suffix(" kB")?.parse().ok()).unwrap()
+        };
+        memory.iter().map(|region| rss(smaps(region).unwrap())).collect()
+    }
+
+    #[test]
+    fn all_of_it_is_there_after_it_was_touched_by_the_threads_of_the_plan() {
+        let plan = plan("[machine.memory]\nsize = \"24M\"\nprealloc = { threads = 3 }");
+        let memory = allocate(24 << 20, None).unwrap();
+        assert_eq!(resident(memory.mem()), [0]);
+        let touched = touch(memory.mem(), &plan).unwrap();
+        assert_eq!(resident(memory.mem()), [24 << 10]);
+        let names: Vec<_> = touched.threads.iter().map(|thread| thread.name.as_str()).collect();
+        assert_eq!(names, ["prealloc0", "prealloc1", "prealloc2"]);
+        assert_eq!(touched.fallbacks, []);
+        assert_eq!(Arc::strong_count(memory.mem()), 1, "the threads have ended");
+    }
+
+    #[test]
+    fn nothing_is_touched_unless_it_is_wanted() {
+        let memory = allocate(4 << 20, None).unwrap();
+        let touched = touch(memory.mem(), &plan("[machine]\nmemory = \"4M\"")).unwrap();
+        assert_eq!((touched.threads.len(), resident(memory.mem())), (0, vec![0]));
+    }
+
+    #[test]
+    fn a_chunk_may_lie_on_both_sides_of_the_hole_and_contents_stay() {
+        let memory = allocate(LOW_RAM_END + (8 << 20), None).unwrap();
+        let memory = memory.mem();
+        memory.write_obj(0x1234_5678u32, GuestAddress(HIGH_RAM + 8)).unwrap();
+        let shared = Shared::default();
+        let around = LOW_RAM_END - (2 << 20)..LOW_RAM_END + (4 << 20);
+        touch_all(memory, &[around], CHUNK, &shared).unwrap();
+        assert_eq!(resident(memory), [2 << 10, 4 << 10]);
+        assert_eq!(shared.bytes.load(Relaxed), 6 << 20);
+        assert_eq!(memory.read_obj::<u32>(GuestAddress(HIGH_RAM + 8)).unwrap(), 0x1234_5678);
+        shared.stop.store(true, Relaxed);
+        touch_all(memory, &[0..4 << 20], CHUNK, &shared).unwrap();
+        assert_eq!(resident(memory), [2 << 10, 4 << 10], "it was told to stop");
+    }
+
+    #[test]
+    fn old_kernels_reserve_the_same_pages() {
+        use std::os::unix::fs::MetadataExt;
+        let memory = allocate(LOW_RAM_END + (8 << 20), None).unwrap();
+        let memory = memory.mem();
+        memory.write_obj(7u8, GuestAddress(HIGH_RAM + (2 << 20))).unwrap();
+        let blocks = || {
+            let region = memory.iter().next().unwrap();
+            region.file_offset().unwrap().file().metadata().unwrap().blocks() * 512
+        };
+        reserve(memory, HIGH_RAM + (2 << 20)..HIGH_RAM + (6 << 20)).unwrap();
+        assert_eq!(blocks(), 4 << 20);
+        reserve(memory, LOW_RAM_END - (2 << 20)..LOW_RAM_END).unwrap();
+        assert_eq!(blocks(), 6 << 20);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(HIGH_RAM + (2 << 20))).unwrap(), 7);
+    }
+
+    #[test]
+    fn a_huge_page_that_is_missing_is_an_error_and_not_a_signal() {
+        let pool = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+        if std::fs::read_to_string(pool).is_ok_and(|text| text.trim() != "0") {
+            return; // They are not ours to take.
+        }
+        let text = "[machine.memory]\nhugepages = \"2M\"\nprealloc = true\n\
+            [[numa]]\nvcpus = \"0\"\nmemory = \"2M\"\n\
+            [[numa]]\nmemory = \"4M\"\nhost-node = 0";
+        let plan = plan(text);
+        // As where the kernel promised pages of any node: without that, mapping succeeds.
+        let memory = crate::memory::map(6 << 20, Some(2 << 20), libc::MAP_NORESERVE).unwrap();
+        let error = touch(memory.mem(), &plan).unwrap_err().to_string();
+        assert!(error.starts_with("machine.memory.hugepages: "), "{error}");
+        assert!(error.contains("ran out of huge pages of 2 MiB after "), "{error}");
+        let shared = Shared::default();
+        let failed = touch_all(memory.mem(), &[4 << 20..6 << 20], 2 << 20, &shared).unwrap_err();
+        let error = explain(&failed, &plan).to_string();
+        assert!(error.contains("host node 0 ran out") && error.contains("4 MiB of 6"), "{error}");
+        assert!(error.contains("node/node0/hugepages/hugepages-2048kB/nr_hugepages"), "{error}");
+        let error = reserve(memory.mem(), 0..2 << 20).unwrap_err();
+        let error = explain(&Failed { offset: 0, error }, &plan).to_string();
+        assert!(error.contains("this host ran out of huge pages"), "{error}");
+    }
+
+    #[test]
+    fn the_progress_is_one_line_that_replaces_itself() {
+        assert_eq!(
+            progress(24 << 30, 64 << 30),
+            "\rheddle: touching guest memory: 24.0 of 64.0 GiB, 37%\x1b[K"
+        );
+        assert!(progress(u64::MAX, 1).contains("100%"));
+    }
+}

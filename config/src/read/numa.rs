@@ -29,15 +29,13 @@ pub(super) fn nodes(
             return Vec::new();
         }
         for table in value.tables() {
-            if places.len() == MOST_NODES {
-                root.report.error(at, format!("the most nodes are {MOST_NODES}"), None);
-                return Vec::new();
-            }
             places.push(table.as_ref().map_or(at, |table| table.loc_of("distances")));
             nodes.extend(table.and_then(|table| node(&table, machine.hugepages)));
         }
     }
-    if nodes.len() == places.len() && !nodes.is_empty() {
+    if places.len() > MOST_NODES {
+        root.report.error(at, format!("the most nodes are {MOST_NODES}"), None);
+    } else if nodes.len() == places.len() && !nodes.is_empty() {
         vcpus(root, at, &nodes, count);
         memory(root, at, &nodes, machine, size_said);
         distances(root, &places, &nodes);
