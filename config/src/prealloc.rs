@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use crate::cpuset::CpuSet;
-use crate::plan::Plan;
+use crate::plan::{Plan, Prealloc};
 use crate::topology::Host;
 
 /// What the threads are called, with a number behind it.
@@ -28,19 +28,21 @@ pub struct Toucher {
     pub ranges: Vec<Range<u64>>,
 }
 
-/// The threads that touch the memory of `plan` on `host`; each byte has one. Empty: nothing is
-/// touched.
+/// How memory is to be touched; `None`: not at all.
 ///
 /// Huge pages of certain host nodes are touched even if the file does not ask for it: the kernel
 /// promises huge pages when they are mapped, but not on which node, and a guest would die of a
 /// missing one.
-pub fn touchers(plan: &Plan, host: &Host) -> Vec<Toucher> {
+pub fn wish(plan: &Plan) -> Option<Prealloc> {
     let is_bound = plan.numa.iter().any(|node| node.host_node.is_some());
-    let wish = match plan.machine.prealloc {
-        None if plan.machine.hugepages.is_some() && is_bound => Default::default(),
-        None => return Vec::new(),
-        Some(wish) => wish,
-    };
+    let must = plan.machine.hugepages.is_some() && is_bound;
+    plan.machine.prealloc.or_else(|| must.then(Prealloc::default))
+}
+
+/// The threads that touch the memory of `plan` on `host`; each byte has one. Empty: there is no
+/// [`wish`].
+pub fn touchers(plan: &Plan, host: &Host) -> Vec<Toucher> {
+    let Some(wish) = wish(plan) else { return Vec::new() };
     let piece = plan.machine.hugepages.unwrap_or(PIECE);
     let wanted = match wish.threads {
         Some(threads) => u64::from(threads),

@@ -397,7 +397,9 @@ fn memory_of_host_nodes() {
     assert_eq!(host.nodes[&1].total, Some(4 << 30));
     assert_eq!(host.nodes[&1].available, Some(3 << 30));
     assert_eq!(host.usable_on(1), cpus("4-7"));
-    let four = |memory: &str, nodes: String| format!("[machine]\ncpus = 4\n{memory}\n{nodes}");
+    let four = |memory: &str, nodes: String| {
+        format!("[machine]\ncpus.topology.sockets = 4\n{memory}\n{nodes}")
+    };
     warns(&four("", numa("3G", "3G", 1)), &host, &[]);
     // Both on one node: together they are too much.
     let found = warns(&four("", numa("2G", "1026M", 0)), &host, &["W22"]);
@@ -424,7 +426,10 @@ fn memory_of_host_nodes() {
 fn work_away_from_its_memory() {
     let host = two_nodes();
     let text = |pin: &str, threads: &str| {
-        format!("[machine]\ncpus = 4\n{}[vcpu.pin]\n{pin}\n{threads}", numa("128M", "128M", 1))
+        format!(
+            "[machine]\ncpus.topology.sockets = 4\n{}[vcpu.pin]\n{pin}\n{threads}",
+            numa("128M", "128M", 1)
+        )
     };
     warns(&text("\"0-1\" = \"0-1\"\n\"2-3\" = \"4-5\"", ""), &host, &["W01"]);
     let apart = "[thread.main]\ncpus = \"3\"\n";
@@ -448,9 +453,24 @@ fn work_away_from_its_memory() {
 }
 
 #[test]
+fn guest_nodes_that_cut_a_die() {
+    let with = |topology: &str| {
+        format!("[machine]\ncpus.topology = {{ {topology} }}\n{}", numa("2M", "2M", 1))
+    };
+    let found = warns(&with("cores = 4"), &two_nodes(), &["W26"]);
+    let message = &found.warnings[0].message;
+    assert_eq!(message, "vCPUs 0-3 share a die, but are in the guest's nodes 0-1");
+    for topology in ["sockets = 2, cores = 2", "dies = 2, threads = 2", "sockets = 4"] {
+        warns(&with(topology), &two_nodes(), &[]);
+    }
+}
+
+#[test]
 fn threads_that_touch_memory() {
     let with = |prealloc: &str, nodes: &str| {
-        plan(&format!("[machine]\ncpus = 4\nmemory = {{ prealloc = {prealloc} }}\n{nodes}"))
+        plan(&format!(
+            "[machine]\ncpus.topology.sockets = 4\nmemory = {{ prealloc = {prealloc} }}\n{nodes}"
+        ))
     };
     let touchers = |plan: &Plan, host: &Host| config::prealloc::touchers(plan, host);
     let host = two_nodes();
@@ -490,7 +510,7 @@ fn threads_that_touch_memory() {
 #[test]
 fn guest_nodes_and_short_lived_threads_are_explained() {
     let text = format!(
-        "[machine]\ncpus = 4\nmemory = {{ prealloc = {{ threads = 4, near = true }} }}\n{}\
+        "[machine]\ncpus.topology.sockets = 4\nmemory = {{ prealloc = {{ threads = 4, near = true }} }}\n{}\
          [[numa]]\nmemory = \"2M\"",
         numa("128M", "128M", 1)
     );

@@ -154,7 +154,7 @@ fn too_few_hugepages(bytes: u64, page: u64) -> HostError {
     let (need, size) = (bytes / page, format_size(page));
     let why = format!(
         "{need} huge pages of {size} are needed, {free}: raise {dir}/nr_hugepages, or \
-         leave `hugepages` out"
+         the cgroup's limit of them, or leave `hugepages` out"
     );
     HostError::new("machine.memory.hugepages", why)
 }
@@ -354,6 +354,17 @@ pub(crate) mod tests {
             assert!(flags.contains(" dd"), "no part of a core dump: {flags}");
             let has_thp = Path::new("/sys/kernel/mm/transparent_hugepage").exists();
             assert_eq!(flags.contains(" hg"), has_thp, "{flags}");
+        }
+    }
+
+    #[test]
+    fn mappings_for_pages_of_1_gib_are_aligned_to_it() {
+        let memory = allocate(ALIGN, None).unwrap();
+        let file = memory.mem().iter().next().unwrap().file_offset().unwrap().file();
+        // Two, of which no kernel would align both by itself.
+        let map = || Mapping::new(file, 0, ALIGN as usize, 1 << 30, libc::MAP_SHARED).unwrap();
+        for mapping in [map(), map()] {
+            assert_eq!((mapping.address % (1 << 30), mapping.size), (0, ALIGN as usize));
         }
     }
 

@@ -13,7 +13,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use config::plan::Plan;
-use config::prealloc::{Toucher, touchers};
+use config::prealloc::{self, Toucher, touchers};
 use config::{CpuSet, Host};
 use devices::virtio::Mem;
 use iothread::{Granted, Sched, Thread, ThreadSpec};
@@ -59,6 +59,9 @@ struct Failed {
 /// The host has not enough memory or huge pages, a thread cannot be made, or a signal that ends
 /// the machine came.
 pub fn touch(memory: &Mem, plan: &Plan) -> Result<Touched, HostError> {
+    if prealloc::wish(plan).is_none() {
+        return Ok(Touched::default());
+    }
     let touchers = touchers(plan, &Host::live().unwrap_or_else(|_| unknown_host()));
     let chunk = plan.machine.hugepages.unwrap_or(0).max(CHUNK);
     let shared = Arc::new(Shared::default());
@@ -70,7 +73,10 @@ pub fn touch(memory: &Mem, plan: &Plan) -> Result<Touched, HostError> {
         let Toucher { name, cpus, node, ranges } = toucher;
         if let (Some(node), None) = (node, &cpus) {
             let what = format!("wanted CPUs of host node {node}, got any: none may be used");
-            touched.fallbacks.push(Fallback { whose: name.clone(), what });
+            let fallback = Fallback { whose: "machine.memory.prealloc".to_owned(), what };
+            if !touched.fallbacks.contains(&fallback) {
+                touched.fallbacks.push(fallback);
+            }
         }
         let cpus = cpus.as_ref().map(cpu_ids);
         let spec = ThreadSpec { name: name.clone(), cpus, sched: Sched::Other(0) };

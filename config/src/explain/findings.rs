@@ -28,6 +28,7 @@ pub(super) fn all(plan: &Plan, host: &Host, work: &Work<'_>) -> Vec<Problem> {
     remote_vcpus(&mut found, plan, host);
     remote_queues(&mut found, plan, host);
     near_without_cpus(&mut found, plan, host);
+    cut_dies(&mut found, plan);
     found.sort_by_key(|problem| problem.code);
     found
 }
@@ -383,6 +384,25 @@ fn near_without_cpus(found: &mut Vec<Problem>, plan: &Plan, host: &Host) {
         let message = format!("no CPU near the memory of host node {node} may be used");
         let hint = "its memory is touched from other nodes, which takes longer";
         found.push(Problem::warning("W25", message, hint));
+    }
+}
+
+/// W26: guest nodes that share a die. The guest is told that a die shares its last level cache.
+fn cut_dies(found: &mut Vec<Problem>, plan: &Plan) {
+    let topology = plan.machine.topology;
+    let per_die = topology.cores.saturating_mul(topology.threads).max(1) as usize;
+    let numbers: Vec<u32> = (0..).take(plan.vcpus.len()).collect();
+    for die in numbers.chunks(per_die) {
+        let is_in = |node: &GuestNode| die.iter().any(|vcpu| node.vcpus.contains(*vcpu));
+        let nodes: CpuSet =
+            (0..).zip(&plan.numa).filter(|(_, node)| is_in(node)).map(|(nth, _)| nth).collect();
+        if nodes.len() > 1 {
+            let vcpus = die.iter().copied().collect::<CpuSet>().counted("vCPU");
+            let message = format!("{vcpus} share a die, but are in the guest's nodes {nodes}");
+            let hint = "Linux takes such nodes for broken: give each node sockets or dies of its own in machine.cpus.topology";
+            // One is enough to see what is wrong.
+            return found.push(Problem::warning("W26", message, hint));
+        }
     }
 }
 
