@@ -5,8 +5,8 @@ use std::path::Path;
 
 use crate::cpuset::CpuSet;
 use crate::plan::{
-    Disk, DiskSource, Engine, Kernel, MAIN, Module, OnReset, Placement, Plan, Sched, SerialOut,
-    Thread, ThreadId, Transport, Vcpu, Verdict,
+    Disk, DiskSource, Engine, GuestNode, Kernel, MAIN, Module, OnReset, Placement, Plan, Prealloc,
+    Sched, SerialOut, Thread, ThreadId, Transport, Vcpu, Verdict,
 };
 use crate::units::{format_size, format_time};
 
@@ -27,9 +27,10 @@ fn write(out: &mut String, plan: &Plan) -> std::fmt::Result {
     writeln!(out, "\n[machine]")?;
     writeln!(
         out,
-        "memory = {{ size = \"{}\"{} }}",
+        "memory = {{ size = \"{}\"{}{} }}",
         format_size(machine.memory),
-        hugepages.unwrap_or_default()
+        hugepages.unwrap_or_default(),
+        machine.prealloc.map(prealloc).unwrap_or_default()
     )?;
     writeln!(
         out,
@@ -46,6 +47,8 @@ fn write(out: &mut String, plan: &Plan) -> std::fmt::Result {
     };
     writeln!(out, "transport = \"{transport}\"")?;
     writeln!(out, "debug-exit = {}", machine.debug_exit)?;
+
+    plan.numa.iter().try_for_each(|node| write_node(out, node))?;
 
     writeln!(out, "\n[boot]")?;
     match &plan.boot.kernel {
@@ -110,6 +113,26 @@ fn write(out: &mut String, plan: &Plan) -> std::fmt::Result {
     writeln!(out, "\n[policy]\non-reset = \"{on_reset}\"")?;
     writeln!(out, "overlap = \"{}\"", verdict(policy.overlap))?;
     writeln!(out, "fallback = \"{}\"", verdict(policy.fallback))
+}
+
+fn prealloc(Prealloc { threads, near }: Prealloc) -> String {
+    let threads = threads.map(|threads| format!("threads = {threads}, ")).unwrap_or_default();
+    format!(", prealloc = {{ {threads}near = {near} }}")
+}
+
+fn write_node(out: &mut String, node: &GuestNode) -> std::fmt::Result {
+    writeln!(out, "\n[[numa]]")?;
+    if !node.vcpus.is_empty() {
+        writeln!(out, "vcpus = \"{}\"", node.vcpus)?;
+    }
+    writeln!(out, "memory = \"{}\"", format_size(node.memory))?;
+    if let Some(host) = node.host_node {
+        writeln!(out, "host-node = {host}")?;
+    }
+    if let Some(distances) = &node.distances {
+        writeln!(out, "distances = {distances:?}")?;
+    }
+    Ok(())
 }
 
 fn write_vcpus(out: &mut String, vcpus: &[Vcpu]) -> std::fmt::Result {

@@ -9,6 +9,7 @@ use crate::cpuset::CpuSet;
 use crate::diagnostics::Severity;
 use crate::effective::groups;
 use crate::plan::{Engine, MAIN, Placement, Plan, Poll, Sched, ThreadId};
+use crate::prealloc;
 use crate::topology::Host;
 use crate::units::format_time;
 
@@ -21,6 +22,8 @@ pub struct Explanation {
     /// Every thread: the process's first one and those heddle makes, which are `main`, the
     /// iothreads and the vCPUs. The kernel adds its own.
     pub threads: Vec<ThreadReport>,
+    /// The guest's NUMA nodes; empty: it is told of none.
+    pub nodes: Vec<NodeReport>,
     /// What is doubtful.
     pub warnings: Vec<Problem>,
     /// Bytes of guest memory.
@@ -57,6 +60,20 @@ pub struct ThreadReport {
     pub rings: u64,
 }
 
+/// A NUMA node of the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct NodeReport {
+    /// Its number.
+    pub node: u32,
+    /// Its vCPUs.
+    pub vcpus: CpuSet,
+    /// Bytes of its memory.
+    pub memory: u64,
+    /// Where the memory comes from; `None`: any node of the host.
+    pub host_node: Option<u32>,
+}
+
 /// What a thread is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -69,6 +86,8 @@ pub enum Role {
     Iothread,
     /// A CPU of the guest.
     Vcpu,
+    /// Touches guest memory, and ends before the guest starts.
+    Prealloc,
 }
 
 /// Something doubtful or impossible about a plan on a host.
@@ -151,9 +170,39 @@ pub fn explain(plan: &Plan, host: &Host) -> Explanation {
             rings: 0,
         });
     }
+    threads.extend(prealloc::touchers(plan, host).into_iter().map(|toucher| {
+        let mut reasons = vec![match toucher.node {
+            Some(node) => format!("touches the guest's memory on host node {node}"),
+            None => "touches the guest's memory".to_owned(),
+        }];
+        if plan.machine.prealloc.is_none() {
+            reasons.push(
+                "not asked for: only touching shows whether a node has its huge pages".to_owned(),
+            );
+        }
+        ThreadReport {
+            name: toucher.name,
+            role: Role::Prealloc,
+            nodes: nodes(&toucher.cpus),
+            cpus: toucher.cpus,
+            policy: policy(Sched::default()),
+            poll: None,
+            queues: Vec::new(),
+            reasons,
+            fds: 0,
+            rings: 0,
+        }
+    }));
+    let guest_nodes = (0..).zip(&plan.numa).map(|(node, of_plan)| NodeReport {
+        node,
+        vcpus: of_plan.vcpus.clone(),
+        memory: of_plan.memory,
+        host_node: of_plan.host_node,
+    });
     Explanation {
         name: plan.name.clone(),
         threads,
+        nodes: guest_nodes.collect(),
         warnings: findings::all(plan, host, &work),
         memory: plan.machine.memory,
         host_cpus: host.usable().len(),
@@ -178,7 +227,7 @@ impl Explanation {
         let vms = u64::from(self.vms);
         let mut json = serde_json::json!(self);
         json["totals"] = serde_json::json!({
-            "threads": self.threads.len() as u64 * vms,
+            "threads": self.lasting() as u64 * vms,
             "vcpus": self.count(Role::Vcpu) as u64 * vms,
             "fds": self.fds() * vms,
             "memory": u128::from(self.memory) * u128::from(vms),
@@ -189,6 +238,11 @@ impl Explanation {
     /// File descriptors of one machine.
     pub fn fds(&self) -> u64 {
         self.threads.iter().map(|thread| thread.fds).sum()
+    }
+
+    /// Threads that are there while the guest runs.
+    fn lasting(&self) -> usize {
+        self.threads.len() - self.count(Role::Prealloc)
     }
 
     fn count(&self, role: Role) -> usize {

@@ -81,6 +81,10 @@ const fn table(keys: &'static [Key]) -> Table {
 
 /// The most vCPUs, and the most queues of a device.
 pub(crate) const MAX_VCPUS: i64 = 1024;
+/// The most threads that touch memory.
+const MAX_PREALLOC_THREADS: i64 = 256;
+/// Linux has room for so many nodes (`NODES_SHIFT` is at most 10).
+const MAX_HOST_NODE: i64 = 1023;
 /// The most devices with a name.
 pub(crate) const MAX_DEVICES: usize = 255;
 /// The kernel cuts thread names there.
@@ -101,6 +105,12 @@ pub(crate) static ROOT: Table = table(&[
         "Files to start from, merged key by key; later ones win, and this file wins over all.",
     ),
     key("machine", Shape::Table(&MACHINE), Inside, "Memory and CPUs."),
+    key(
+        "numa",
+        List(&Shape::Table(&NUMA)),
+        Says("no nodes"),
+        "The guest's NUMA nodes, in the order of their numbers.",
+    ),
     key("boot", Shape::Table(&BOOT), Inside, "What to start."),
     key("vcpu", Shape::Table(&VCPU), Inside, "The threads that run the guest's CPUs."),
     key(
@@ -133,8 +143,46 @@ static MACHINE: Table = table(&[
 ]);
 
 static MEMORY: Table = table(&[
-    key("size", Size, Value("\"256M\""), "How much; a multiple of 2M, or of the huge pages."),
+    key(
+        "size",
+        Size,
+        Says("the sum of [[numa]], or \"256M\""),
+        "How much; a multiple of 2M, or of the huge pages.",
+    ),
     key("hugepages", Words(&["2M", "1G"]), Absent, "Back it with huge pages of this size."),
+    key(
+        "prealloc",
+        Either(&[Bool, Shape::Table(&PREALLOC)]),
+        Value("false"),
+        "Touch all of it before the guest starts.",
+    ),
+]);
+
+static PREALLOC: Table = table(&[
+    key(
+        "threads",
+        Int(1, MAX_PREALLOC_THREADS),
+        Says("as many as usable CPUs, at most 16"),
+        "How many threads touch it; they end before the guest starts.",
+    ),
+    key(
+        "near",
+        Bool,
+        Value("false"),
+        "Each on the CPUs of the host node whose memory it touches, at least one per node.",
+    ),
+]);
+
+static NUMA: Table = table(&[
+    key("vcpus", Cpus, Says("none: memory only"), "Its vCPUs; every vCPU is in one node."),
+    key("memory", Size, Required, "Its memory; the nodes' sum is `machine.memory`."),
+    key("host-node", Int(0, MAX_HOST_NODE), Absent, "Take its memory from this host node."),
+    key(
+        "distances",
+        List(&Int(10, 254)),
+        Says("10 to itself, 20 to others"),
+        "How far each node is, in the order of the nodes; all nodes say it, or none.",
+    ),
 ]);
 
 static CPUS: Table = table(&[

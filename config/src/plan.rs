@@ -18,6 +18,9 @@ pub struct Plan {
     pub name: String,
     /// `[machine]`.
     pub machine: Machine,
+    /// `[[numa]]`: the guest's nodes, index = node number; empty: it is told of none. Their
+    /// memory is that of the machine, and every vCPU is in exactly one.
+    pub numa: Vec<GuestNode>,
     /// `[boot]`.
     pub boot: Boot,
     /// One entry per vCPU, index = vCPU number.
@@ -42,6 +45,8 @@ pub struct Machine {
     pub memory: u64,
     /// Size of the huge pages that back guest memory; `None`: ordinary pages.
     pub hugepages: Option<u64>,
+    /// Touch all of it before the guest starts?
+    pub prealloc: Option<Prealloc>,
     /// What the guest is told about its CPUs. `sockets * dies * cores * threads == vcpus.len()`.
     pub topology: Topology,
     /// How the guest reaches its virtio devices.
@@ -58,6 +63,31 @@ pub enum Transport {
     Pci,
     /// As registers at fixed addresses, with an interrupt line for each device.
     Mmio,
+}
+
+/// `prealloc = true | { threads, near }`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Prealloc {
+    /// How many threads; `None`: as the host's CPUs make it, see [`crate::prealloc`].
+    pub threads: Option<u32>,
+    /// Each on the CPUs of the host node whose memory it touches.
+    pub near: bool,
+}
+
+/// `[[numa]]`: a node of the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct GuestNode {
+    /// Its vCPUs; may be empty.
+    pub vcpus: CpuSet,
+    /// Bytes, a multiple of the pages that back them (at least 2 MiB). The nodes' memory follows
+    /// one after the other, from guest-physical address 0.
+    pub memory: u64,
+    /// The host node that its memory is taken from; `None`: any.
+    pub host_node: Option<u32>,
+    /// Distances to all nodes, itself included, as in ACPI's SLIT: 10 is local. `None`: 20.
+    pub distances: Option<Vec<u8>>,
 }
 
 /// The guest's CPU topology, counts per level.

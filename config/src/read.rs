@@ -2,6 +2,7 @@
 
 mod devices;
 mod machine;
+mod numa;
 mod placement;
 mod threads;
 
@@ -23,7 +24,8 @@ pub(crate) fn plan(report: &Report, tree: &Table, default_name: &str) -> Plan {
     }
     // Files had theirs worked in; `--set` may not have any.
     root.value("include");
-    let (machine, count) = machine::machine(&root.table("machine"));
+    let (mut machine, count, size_said) = machine::machine(&root.table("machine"));
+    let numa = numa::nodes(&root, count, &mut machine, size_said);
     let boot = machine::boot(&root.table("boot"));
     let vcpus = threads::vcpus(&root.table("vcpu"), count);
     let threads = threads::threads(&root);
@@ -42,6 +44,7 @@ pub(crate) fn plan(report: &Report, tree: &Table, default_name: &str) -> Plan {
     Plan {
         name: name(&root).unwrap_or_else(|| default_name.to_owned()),
         machine,
+        numa,
         boot,
         vcpus,
         threads,

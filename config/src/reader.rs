@@ -235,6 +235,7 @@ fn elsewhere(name: &str) -> Option<String> {
                 Shape::Table(inner) | Shape::Lift(inner) => (*inner, path.clone(), path),
                 Shape::List(Shape::Lift(inner)) => (*inner, path.clone(), format!("[{path}]")),
                 Shape::Named(inner, _) => (*inner, format!("{path}.NAME"), format!("{path}.NAME")),
+                Shape::List(Shape::Table(inner)) => (*inner, path.clone(), format!("[{path}]")),
                 Shape::Either(shapes) => {
                     let inner = shapes.iter().find_map(|shape| match shape {
                         Shape::List(Shape::Table(inner)) => Some(*inner),

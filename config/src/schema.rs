@@ -35,6 +35,9 @@ fn table_text(text: &mut String, table: &Table, path: &str, doc: &str) {
                 *text += &format!("\n[{path}]  {}\n", key.doc);
                 *text += &format!("  \"{what}\" = {}\n", type_text(shape));
             }
+            Shape::List(Shape::Table(inner)) => {
+                table_text(text, inner, &format!("[{path}]"), key.doc);
+            }
             Shape::Either(shapes) => {
                 for shape in *shapes {
                     if let Shape::List(Shape::Table(inner)) = shape {
@@ -50,7 +53,7 @@ fn table_text(text: &mut String, table: &Table, path: &str, doc: &str) {
 /// Does the key have a `[header]` of its own?
 fn is_section(key: &Key) -> bool {
     match &key.shape {
-        Shape::Named(..) | Shape::Map(..) => true,
+        Shape::Named(..) | Shape::Map(..) | Shape::List(Shape::Table(_)) => true,
         // A table of plain values is written in one line: sched = { policy = "batch" }.
         Shape::Table(_) => !matches!(key.name, "sched" | "topology"),
         _ => false,
@@ -193,7 +196,7 @@ mod tests {
                     Shape::Table(inner)
                     | Shape::Lift(inner)
                     | Shape::Named(inner, _)
-                    | Shape::List(Shape::Lift(inner)) => {
+                    | Shape::List(Shape::Lift(inner) | Shape::Table(inner)) => {
                         walk(inner, text, schema);
                     }
                     _ => {}
@@ -205,7 +208,9 @@ mod tests {
         for line in text.lines() {
             assert!(line.chars().count() <= 120, "too wide: {line}");
         }
-        for part in ["[thread.NAME]", "[[disk.NAME.place]]", "[vcpu.pin]", "file ", "\"auto\""] {
+        for part in
+            ["[thread.NAME]", "[[disk.NAME.place]]", "[[numa]]", "[vcpu.pin]", "file ", "\"auto\""]
+        {
             assert_eq!(text.contains(part), part != "\"auto\"", "{part}\n{text}");
         }
     }

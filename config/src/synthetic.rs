@@ -13,7 +13,7 @@ pub struct Synthetic {
     pub cores: u32,
     /// Hardware threads in a core.
     pub threads: u32,
-    /// Bytes of memory in a node.
+    /// Bytes of memory in a node; a quarter of it is used.
     pub memory: u64,
     /// Free huge pages of 2 MiB in a node.
     pub hugepages: u64,
@@ -51,7 +51,11 @@ impl Synthetic {
             }
             let node = system.join(format!("node/node{socket}"));
             write(&node.join("cpulist"), &all)?;
-            let meminfo = format!("Node {socket} MemTotal: {} kB", self.memory / 1024);
+            let kib = self.memory / 1024;
+            let meminfo = format!(
+                "Node {socket} MemTotal: {kib} kB\nNode {socket} MemFree: {} kB",
+                kib / 4 * 3
+            );
             write(&node.join("meminfo"), &meminfo)?;
             let pool = node.join("hugepages/hugepages-2048kB");
             write(&pool.join("nr_hugepages"), &self.hugepages.to_string())?;

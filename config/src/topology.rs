@@ -15,6 +15,8 @@ use crate::cpuset::CpuSet;
 pub struct Host {
     /// The online CPUs by their numbers.
     pub cpus: BTreeMap<u32, HostCpu>,
+    /// The NUMA nodes by their numbers; empty: a host without.
+    pub nodes: BTreeMap<u32, NodeMemory>,
     /// Memory in bytes; `None`: unknown.
     pub memory: Option<u64>,
     /// The pools of huge pages, by size and node.
@@ -41,6 +43,16 @@ pub struct HostCpu {
     pub llc: Option<CpuSet>,
     /// NUMA node.
     pub node: u32,
+}
+
+/// The memory of a NUMA node, in bytes. `None`: unknown.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct NodeMemory {
+    /// All of it.
+    pub total: Option<u64>,
+    /// What nobody uses, and the file cache, which gives way.
+    pub available: Option<u64>,
 }
 
 /// A pool of huge pages of one size on one node.
@@ -156,17 +168,19 @@ impl Host {
         }
         let mut hugepages = Vec::new();
         let mut memory = None;
+        let mut memory_of = BTreeMap::new();
         for (node, path) in &nodes {
             hugepages.extend(huge_pages(&path.join("hugepages"), *node)?);
-            if let Some(text) = optional(&path.join("meminfo"))? {
-                let node = Proc { path: path.join("meminfo"), text }.memory("MemTotal:")?;
-                memory = Some(memory.unwrap_or(0u64).saturating_add(node));
+            let of_node = node_memory(&path.join("meminfo"))?;
+            memory_of.insert(*node, of_node);
+            if let Some(total) = of_node.total {
+                memory = Some(memory.unwrap_or(0u64).saturating_add(total));
             }
         }
         if nodes.is_empty() {
             hugepages = huge_pages(&root.join("kernel/mm/hugepages"), 0)?;
         }
-        Ok(Self { cpus, memory, hugepages, allowed: None, limits: None })
+        Ok(Self { cpus, nodes: memory_of, memory, hugepages, allowed: None, limits: None })
     }
 
     /// The numbers of the online CPUs.
@@ -187,6 +201,17 @@ impl Host {
         cpus.iter().filter_map(|cpu| Some(self.cpus.get(&cpu)?.node)).collect()
     }
 
+    /// The CPUs of a NUMA node that a thread may use.
+    pub fn usable_on(&self, node: u32) -> CpuSet {
+        let is_there = |cpu: &u32| self.cpus.get(cpu).is_some_and(|cpu| cpu.node == node);
+        self.usable().iter().filter(is_there).collect()
+    }
+
+    /// Is there such a NUMA node? A host without nodes is node 0.
+    pub fn has_node(&self, node: u32) -> bool {
+        self.nodes.contains_key(&node) || (self.nodes.is_empty() && node == 0)
+    }
+
     /// `cpus` with all CPUs of their cores.
     pub fn with_siblings(&self, cpus: &CpuSet) -> CpuSet {
         let siblings = |cpu| self.cpus.get(&cpu).map(|cpu| cpu.siblings.iter());
@@ -195,9 +220,33 @@ impl Host {
 
     /// Bytes of free huge pages of `size` bytes.
     pub fn free_hugepages(&self, size: u64) -> u64 {
-        let pools = self.hugepages.iter().filter(|pool| pool.size == size);
+        self.free_pools(|pool| pool.size == size)
+    }
+
+    /// Bytes of free huge pages of `size` bytes on a NUMA node.
+    pub fn free_hugepages_on(&self, node: u32, size: u64) -> u64 {
+        self.free_pools(|pool| pool.size == size && pool.node == node)
+    }
+
+    fn free_pools(&self, which: impl Fn(&HugePages) -> bool) -> u64 {
+        let pools = self.hugepages.iter().filter(|pool| which(pool));
         pools.fold(0, |sum, pool| pool.free.saturating_mul(pool.size).saturating_add(sum))
     }
+}
+
+/// What the `meminfo` of a node says; nothing, if it is not there.
+fn node_memory(path: &Path) -> Result<NodeMemory, TopologyError> {
+    let Some(text) = optional(path)? else { return Ok(NodeMemory::default()) };
+    let meminfo = Proc { path: path.to_owned(), text };
+    let mut available = None;
+    for name in ["MemFree:", "Active(file):", "Inactive(file):"] {
+        // Recorded hosts may have only some of the lines.
+        if meminfo.text.contains(name) {
+            let bytes = meminfo.memory(name)?;
+            available = Some(available.unwrap_or(0u64).saturating_add(bytes));
+        }
+    }
+    Ok(NodeMemory { total: Some(meminfo.memory("MemTotal:")?), available })
 }
 
 fn host_cpu(path: &Path, cpu: u32, node: u32) -> Result<HostCpu, TopologyError> {

@@ -43,6 +43,7 @@ impl<'a> Value<'a> {
         let fits = |shape: &&Shape| match self.node.kind {
             Kind::Text(_) => matches!(shape, Shape::Text(_) | Shape::Words(_)),
             Kind::Int(_) => matches!(shape, Shape::Int(..)),
+            Kind::Bool(_) => matches!(shape, Shape::Bool),
             Kind::Array(_) => matches!(shape, Shape::List(_)),
             Kind::Table(_) => matches!(shape, Shape::Table(_)),
             _ => false,
@@ -169,6 +170,23 @@ impl<'a> Value<'a> {
             return None;
         }
         Some(self.report.sources[self.node.loc.source].base.join(text))
+    }
+
+    /// The items of a list of plain values.
+    pub(crate) fn items(&self) -> Option<Vec<Self>> {
+        let Shape::List(shape) = self.shape else { panic!("`{}` is no list", self.path) };
+        let Kind::Array(items) = &self.node.kind else {
+            self.misfit(None);
+            return None;
+        };
+        let value = |node: &Node| Self {
+            report: self.report,
+            shape,
+            described: shape,
+            node: node.clone(),
+            path: self.path.clone(),
+        };
+        Some(items.iter().map(value).collect())
     }
 
     /// The items of a list of tables, as readers; `None` for an item of another type.

@@ -396,3 +396,106 @@ fn too_much_of_anything() {
     let found = complaints(&disks).render(false);
     assert!(found.contains("too much, the most is 255"), "{found}");
 }
+
+/// Four vCPUs, then these nodes.
+fn numa(nodes: &str) -> String {
+    format!("[machine]\nmemory = \"1G\"\ncpus = 4\n{nodes}")
+}
+
+#[test]
+fn preallocation() {
+    let memory = |prealloc: &str| format!("[machine.memory]\nsize = \"1G\"\nprealloc = {prealloc}");
+    expect(&memory("1"), &[(3, 12, "true | false | { threads, near }, found an integer", "")]);
+    expect(&memory("{ threads = 0 }"), &[(3, 24, "an integer from 1 to 256", "")]);
+    expect(&memory("{ threads = 257 }"), &[(3, 24, "an integer from 1 to 256", "")]);
+    expect(&memory("{ near = 1 }"), &[(3, 21, "`machine.memory.prealloc.near` must be", "")]);
+    expect(
+        &memory("{ cpus = \"0\" }"),
+        &[(3, 14, "unknown key", "there is a `cpus` in [machine]")],
+    );
+    let near = load_str("vm.toml", &memory("{ near = true }"), Path::new("/base"), &[]).unwrap();
+    let warning = &near.warnings.list[0];
+    assert_eq!((warning.severity, warning.line), (Severity::Warning, 1));
+    assert!(warning.message.contains("no [[numa]] has a `host-node`"), "{}", near.warnings);
+}
+
+#[test]
+fn nodes_of_the_guest() {
+    expect("numa = 1", &[(1, 8, "`numa` must be tables", "write [[numa]]")]);
+    expect("[numa]", &[(1, 1, "`numa` must be tables", "write [[numa]]")]);
+    expect("numa = [1]", &[(1, 9, "must hold tables, found an integer", "write [[numa]]")]);
+    expect(
+        &numa("[[numa]]\nvcpus = \"0-3\"\nmem = \"1G\""),
+        &[(4, 1, "`numa.memory` is missing", "add"), (6, 1, "`numa.mem`", "`memory`")],
+    );
+    expect(
+        &numa("[[numa]]\nvcpus = \"0-3\"\nmemory = \"1G\"\nhost-node = 1024"),
+        &[(7, 13, "an integer from 0 to 1023", "")],
+    );
+    expect(
+        &numa(
+            "[[numa]]\nvcpus = \"0-1\"\nmemory = \"512M\"\n[[numa]]\nvcpus = \"1-4\"\nmemory = \"256M\"",
+        ),
+        &[
+            (4, 3, "node 1 has vCPU 4, but the machine has 0 to 3", ""),
+            (4, 3, "vCPU 1 in two nodes, the second is 1", ""),
+            (4, 3, "have 768M of memory, but `machine.memory` is 1G", "it is the sum"),
+        ],
+    );
+    expect(
+        &numa("[[numa]]\nvcpus = \"1,3\"\nmemory = \"1G\""),
+        &[(4, 3, "no node for vCPUs 0,2", "vcpus = \"0,2\"")],
+    );
+    expect(
+        &numa("[[numa]]\nvcpus = \"0-3\"\nmemory = \"1023M\"\n[[numa]]\nmemory = \"0M\""),
+        &[
+            (4, 3, "1023M of memory", "sum"),
+            (6, 10, "multiple of 2M", "\"1G\""),
+            (8, 10, "multiple of 2M", "\"2M\""),
+        ],
+    );
+    expect(
+        "[machine.memory]\nhugepages = \"1G\"\n[[numa]]\nvcpus = \"0\"\nmemory = \"512M\"",
+        &[(5, 10, "multiple of 1G", "\"1G\"")],
+    );
+    expect(
+        "[[numa]]\nvcpus = \"0\"\nmemory = \"40T\"\n[[numa]]\nmemory = \"40T\"",
+        &[(1, 3, "more memory than the most, 64T", "")],
+    );
+    let many = "[[numa]]\nmemory = \"2M\"\n".repeat(129);
+    expect(&many, &[(1, 3, "the most nodes are 128", "")]);
+}
+
+#[test]
+fn distances_of_nodes() {
+    let two = |a: &str, b: &str| {
+        numa(&format!(
+            "[[numa]]\nvcpus = \"0-3\"\nmemory = \"512M\"\n{a}\n[[numa]]\nmemory = \"512M\"\n{b}"
+        ))
+    };
+    let said = |list: &str| format!("distances = {list}");
+    expect(&two(&said("[10, 20]"), ""), &[(8, 1, "node 1 has no `distances`", "or none")]);
+    expect(
+        &two(&said("[10, 20]"), &said("[21, 10]")),
+        &[(10, 1, "node 1 is 21 from node 0, but not back", "the same both ways")],
+    );
+    expect(
+        &two(&said("[11, 20]"), &said("[10, 10]")),
+        &[
+            (7, 1, "node 0 is 11 from node 0", "10 is the distance to itself"),
+            (10, 1, "node 1 is 10 from node 0", "10 is the distance to itself"),
+        ],
+    );
+    expect(
+        &two(&said("[10]"), &said("[20, 10]")),
+        &[(7, 1, "1 distances, there are 2 nodes", "one for")],
+    );
+    expect(
+        &two(&said("[10, 255]"), &said("[\"20\", 10]")),
+        &[
+            (7, 18, "an integer from 10 to 254", ""),
+            (10, 14, "an integer from 10 to 254, found a string", "without quotes"),
+        ],
+    );
+    expect(&two("distances = 20", ""), &[(7, 13, "must be [an integer from 10 to 254, ...]", "")]);
+}

@@ -380,3 +380,157 @@ fn other_files_and_limits() {
     let error = Severity::Error;
     assert_eq!(codes, [("H04", error), ("W07", error), ("W10", error)]);
 }
+
+/// Two host nodes of four CPUs each: 0-3 and 4-7, with 3 of 4 GiB free and 64 huge pages.
+fn two_nodes() -> Host {
+    synthetic(2, 4, 1)
+}
+
+/// Two guest nodes with this memory on host nodes 0 and `second`.
+fn numa(first: &str, other: &str, second: u32) -> String {
+    format!(
+        "[[numa]]\nvcpus = \"0-1\"\nmemory = \"{first}\"\nhost-node = 0\n\
+         [[numa]]\nvcpus = \"2-3\"\nmemory = \"{other}\"\nhost-node = {second}\n"
+    )
+}
+
+#[test]
+fn memory_of_host_nodes() {
+    let host = two_nodes();
+    assert_eq!(host.nodes[&1].total, Some(4 << 30));
+    assert_eq!(host.nodes[&1].available, Some(3 << 30));
+    assert_eq!(host.usable_on(1), cpus("4-7"));
+    let four = |memory: &str, nodes: String| {
+        format!("[machine]\ncpus.topology.sockets = 4\n{memory}\n{nodes}")
+    };
+    warns(&four("", numa("3G", "3G", 1)), &host, &[]);
+    // Both on one node: together they are too much.
+    let found = warns(&four("", numa("2G", "1026M", 0)), &host, &["W22"]);
+    assert!(found.warnings[0].message.contains("3074M are to come from host node 0"));
+    let found = warns(&four("", numa("2G", "2050M", 0)), &host, &["W21"]);
+    assert!(found.warnings[0].message.contains("which has 4G"), "{}", found.warnings[0].message);
+    let found = warns(&four("", numa("1G", "1G", 2)), &host, &["W20"]);
+    assert!(found.warnings[0].message.contains("guest node 1 wants memory of host node 2"));
+    assert_eq!(found.warnings[0].hint.as_deref(), Some("its nodes are 0-1"));
+    // Enough huge pages on the host, but not on the node.
+    let huge = "memory = { hugepages = \"2M\" }";
+    let found = warns(&four(huge, numa("128M", "128M", 1)), &host, &[]);
+    // They are touched in any case.
+    assert_eq!(found.threads.iter().filter(|thread| thread.role == Role::Prealloc).count(), 8);
+    let found = warns(&four(huge, numa("126M", "130M", 1)), &host, &["W21"]);
+    let problem = &found.warnings[0];
+    assert!(problem.message.contains("65 huge pages of 2M are needed on host node 1, 64 are free"));
+    assert!(problem.hint.as_ref().unwrap().contains("node/node1/hugepages/hugepages-2048kB"));
+    let errors = check_host(&plan(&four(huge, numa("126M", "130M", 1))), &host);
+    assert!(errors.iter().any(|p| p.code == "W21" && p.severity == Severity::Error), "{errors:?}");
+}
+
+#[test]
+fn work_away_from_its_memory() {
+    let host = two_nodes();
+    let text = |pin: &str, threads: &str| {
+        format!(
+            "[machine]\ncpus.topology.sockets = 4\n{}[vcpu.pin]\n{pin}\n{threads}",
+            numa("128M", "128M", 1)
+        )
+    };
+    warns(&text("\"0-1\" = \"0-1\"\n\"2-3\" = \"4-5\"", ""), &host, &["W01"]);
+    let apart = "[thread.main]\ncpus = \"3\"\n";
+    warns(&text("\"0-1\" = \"0-1\"\n\"2-3\" = \"4-5\"", apart), &host, &[]);
+    let found = warns(&text("\"0-1\" = \"0-1\"\n\"2\" = \"0-1,4\"", apart), &host, &["W23"]);
+    let message = &found.warnings[0].message;
+    assert_eq!(
+        message,
+        "pinned vCPU 2 of guest node 1 may run away from its memory on host node 1"
+    );
+    assert_eq!(found.warnings[0].hint.as_deref(), Some("host node 1 has CPUs 4-7"));
+    let disk = format!("{apart}[disk.d]\nsize = \"1M\"");
+    let found = warns(&text("", &disk), &host, &["W24"]);
+    let message = &found.warnings[0].message;
+    assert!(message.starts_with("main serves disk.d:q2-3 of guest node 1"), "{message}");
+    assert!(message.ends_with("from node 0"), "{message}");
+    // One queue for all is near to somebody.
+    warns(&text("", &format!("{disk}\nqueues = 1")), &host, &[]);
+    let both = "[thread.main]\ncpus = \"3,4\"\n[disk.d]\nsize = \"1M\"";
+    warns(&text("", both), &host, &[]);
+}
+
+#[test]
+fn guest_nodes_that_cut_a_die() {
+    let with = |topology: &str| {
+        format!("[machine]\ncpus.topology = {{ {topology} }}\n{}", numa("2M", "2M", 1))
+    };
+    let found = warns(&with("cores = 4"), &two_nodes(), &["W26"]);
+    let message = &found.warnings[0].message;
+    assert_eq!(message, "vCPUs 0-3 share a die, but are in the guest's nodes 0-1");
+    for topology in ["sockets = 2, cores = 2", "dies = 2, threads = 2", "sockets = 4"] {
+        warns(&with(topology), &two_nodes(), &[]);
+    }
+}
+
+#[test]
+fn threads_that_touch_memory() {
+    let with = |prealloc: &str, nodes: &str| {
+        plan(&format!(
+            "[machine]\ncpus.topology.sockets = 4\nmemory = {{ prealloc = {prealloc} }}\n{nodes}"
+        ))
+    };
+    let touchers = |plan: &Plan, host: &Host| config::prealloc::touchers(plan, host);
+    let host = two_nodes();
+    assert_eq!(touchers(&with("false", ""), &host), []);
+    let found = touchers(&with("true", ""), &host);
+    assert_eq!(found.len(), 8);
+    assert!(found.iter().all(|one| one.cpus.is_none() && one.node.is_none()));
+    // Not more than 16 by default, and not more than there are pieces.
+    assert_eq!(touchers(&with("true", ""), &synthetic(2, 64, 2)).len(), 16);
+    let small = plan("[machine.memory]\nsize = \"6M\"\nprealloc = { threads = 9 }");
+    assert_eq!(touchers(&small, &host).len(), 3);
+    // By host node, each with its share.
+    let nodes = numa("384M", "128M", 1);
+    let found = touchers(&with("{ threads = 4, near = true }", &nodes), &host);
+    let seen: Vec<_> = found.iter().map(|one| (one.node, one.cpus.clone().unwrap())).collect();
+    assert_eq!(seen[..3], vec![(Some(0), cpus("0-3")); 3]);
+    assert_eq!(seen[3..], [(Some(1), cpus("4-7"))]);
+    assert_eq!(found[3].name, "prealloc3");
+    let all: Vec<_> = found.iter().flat_map(|one| one.ranges.clone()).collect();
+    let mib = |from: u64, to: u64| from << 20..to << 20;
+    assert_eq!(all, [mib(0, 128), mib(128, 256), mib(256, 384), mib(384, 512)]);
+    // One thread is too few for two nodes; two parts of one node are one group.
+    assert_eq!(touchers(&with("{ threads = 1, near = true }", &nodes), &host).len(), 2);
+    let one = touchers(&with("{ threads = 2, near = true }", &numa("4M", "4M", 0)), &host);
+    assert_eq!(one.len(), 2);
+    let mixed = format!("{}[[numa]]\nmemory = \"6M\"\nhost-node = 0", numa("4M", "2M", 1));
+    let found = touchers(&with("{ threads = 2, near = true }", &mixed), &host);
+    assert_eq!(found[0].ranges, [mib(0, 4), mib(6, 12)]);
+    assert_eq!(found[1].ranges, [mib(4, 6)]);
+    // A node whose CPUs are all for others.
+    let host = Host { allowed: Some(cpus("0-3")), ..host };
+    let near = with("{ near = true }", &nodes);
+    assert!(touchers(&near, &host).iter().any(|one| one.node == Some(1) && one.cpus.is_none()));
+    assert_eq!(codes(&explain(&near, &host)), ["W25"]);
+}
+
+#[test]
+fn guest_nodes_and_short_lived_threads_are_explained() {
+    let text = format!(
+        "[machine]\ncpus.topology.sockets = 4\nmemory = {{ prealloc = {{ threads = 4, near = true }} }}\n{}\
+         [[numa]]\nmemory = \"2M\"",
+        numa("128M", "128M", 1)
+    );
+    let explanation = warns(&text, &two_nodes(), &[]);
+    let table = explanation.render(80);
+    for part in [
+        "prealloc 1-2  0-3   0      other   -\n    touches the guest's memory on host node 0\n",
+        "prealloc 3-4  4-7   1      other   -\n    touches the guest's memory on host node 1\n",
+        "    ends before the guest starts",
+        "guest node 0: vCPUs 0-1, 128M of host node 0",
+        "guest node 2: no vCPUs, 2M of any host node",
+        "vm: 6 threads (heddle, main, 0 iothreads, 4 vCPUs)",
+    ] {
+        assert!(table.contains(part), "{part}\n{table}");
+    }
+    let json = explanation.to_json();
+    assert_eq!(json["nodes"][1]["host-node"], 1);
+    assert_eq!(json["totals"]["threads"], 6);
+    assert_eq!(json["memory"], 258 << 20);
+}

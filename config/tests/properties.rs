@@ -66,6 +66,11 @@ fn fragment() -> impl Strategy<Value = String> {
         "engine",
         "direct",
         "queue-size",
+        "vcpus",
+        "host-node",
+        "distances",
+        "prealloc",
+        "near",
         "a.b",
         "\"\"",
     ]);
@@ -111,6 +116,7 @@ fn fragment() -> impl Strategy<Value = String> {
         "disk.d",
         "disk.e",
         "[disk.d.place]",
+        "[numa]",
         "rng.r",
         "serial.com1",
         "policy",
@@ -148,6 +154,19 @@ fn good_file() -> impl Strategy<Value = String> {
                 memory * 2,
                 seed % 8192,
             );
+            if debug {
+                let (rest, near) = (memory * 2 - 2, seed % 3 == 0);
+                text = text.replace(
+                    &format!("memory = \"{}M\"", memory * 2),
+                    &format!("memory = {{ prealloc = {{ threads = {}, near = {near} }} }}", seed % 256 + 1),
+                );
+                text += &format!("[[numa]]\nvcpus = \"0-{}\"\nmemory = \"2M\"\n", cpus - 1);
+                if rest > 0 {
+                    text += &format!("distances = [10, {}]\n", 11 + seed % 200);
+                    text += &format!("[[numa]]\nhost-node = {}\nmemory = \"{rest}M\"\n", seed % 5);
+                    text += &format!("distances = [{}, 10]\n", 11 + seed % 200);
+                }
+            }
             for (index, (place, queues, bits, flags, size)) in disks.into_iter().enumerate() {
                 text += &format!("[disk.d{index}]\nqueues = {queues}\nqueue-size = {}\n", 2 << bits);
                 text += &format!("read-only = {}\ndirect = {}\n", flags[0], flags[1]);

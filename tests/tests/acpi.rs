@@ -1,10 +1,12 @@
 //! The ACPI tables, read by ACPICA's own disassembler and compiler.
 
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 use std::process::Command;
 
 use vmm::acpi::{Description, tables};
+use vmm::memory::GuestNode;
 use vmm::mmio_slots::MmioSlot;
 
 const BASE: u64 = 0xe_0000;
@@ -77,10 +79,20 @@ fn pass(machine: &Description<'_>) -> Vec<String> {
 fn iasl_reads_every_table_and_compiles_it_back() {
     let many: Vec<u32> = (0..1024).collect();
     let mmio: Vec<_> = (0..15).map(|nth| MmioSlot::new(nth, "disk.d").unwrap()).collect();
-    let with_pci = Description { apic_ids: &[0], serials: &[0], pci: true, mmio: &[] };
+    let with_pci = Description { apic_ids: &[0], serials: &[0], pci: true, mmio: &[], nodes: &[] };
     let names = pass(&with_pci);
     assert_eq!(names, ["XSDT", "FACS", "DSDT", "FACP", "APIC", "MCFG"]);
-    pass(&Description { apic_ids: &many, serials: &[0, 1, 2, 3], ..with_pci });
+    let node = |vcpus: &str, ranges: &[Range<u64>], distances: [u8; 2]| GuestNode {
+        vcpus: vcpus.parse().unwrap(),
+        ranges: ranges.to_vec(),
+        distances: distances.to_vec(),
+    };
+    let nodes = [
+        node("0-511", &[0..2 << 30], [10, 21]),
+        node("512-1023", &[2 << 30..3 << 30, 4 << 30..5 << 30], [21, 10]),
+    ];
+    let large = Description { apic_ids: &many, serials: &[0, 1, 2, 3], nodes: &nodes, ..with_pci };
+    assert_eq!(pass(&large)[5..], ["MCFG", "SRAT", "SLIT"]);
     let without_pci = pass(&Description { pci: false, mmio: &mmio, ..with_pci });
     assert!(!without_pci.contains(&"MCFG".to_owned()));
 }

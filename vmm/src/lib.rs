@@ -11,6 +11,7 @@ pub mod irq;
 pub mod machine;
 pub mod memory;
 pub mod mmio_slots;
+pub mod prealloc;
 pub mod resources;
 pub mod run;
 pub mod terminal;

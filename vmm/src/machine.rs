@@ -28,8 +28,9 @@ use crate::boot::{self, Boot, BootError};
 use crate::cpuid::{self, Topology};
 use crate::ending::Ending;
 use crate::irq::{KvmEdge, KvmIrq, KvmLine};
-use crate::memory::{self, BARS, ECAM, KVM_PAGES};
+use crate::memory::{self, BARS, ECAM, GuestMemory, KVM_PAGES};
 use crate::mmio_slots::{self, MmioSlot};
+use crate::prealloc;
 use crate::resources::{Fallback, Resources, cpu_ids, join, refusals, sched};
 use crate::timing::Timing;
 use crate::vcpu::{self, Vcpu};
@@ -78,13 +79,15 @@ pub struct Machine {
     pub power_button: Arc<PowerPorts>,
     /// Its serial ports, in the order of the plan.
     pub serials: Vec<Arc<Serial>>,
+    /// The threads that touched its memory, which have ended.
+    pub prealloc: Vec<Granted>,
     shared: Arc<vcpu::Shared>,
     vcpus: Vec<Vcpu>,
     /// Dropped to let each vCPU run.
     start: Vec<Sender<()>>,
     devices: Vec<Arc<dyn Lifecycle>>,
     /// After everything that may use it.
-    _memory: Mem,
+    memory: GuestMemory,
 }
 
 /// What is put together while a machine is built.
@@ -119,11 +122,18 @@ impl Machine {
         let kvm = open_kvm()?;
         let vm = create_vm(&kvm)?;
         timing.lap("KVM");
-        let memory = memory::allocate(plan.machine.memory, plan.machine.hugepages)
-            .map_err(|e| HostError::new("machine.memory", e))?;
-        memory::attach(&vm, &memory).map_err(|e| HostError::new("machine.memory", e))?;
+        let guest_memory = memory::allocate(plan.machine.memory, plan.machine.hugepages)?;
+        let memory = guest_memory.mem();
+        let mut memory_fallbacks = memory::bind(memory, plan);
         timing.lap("guest memory");
-        let mut parts = Parts::new(resources, vm, Arc::clone(&memory), ending);
+        let touched = prealloc::touch(memory, plan)?;
+        if !touched.threads.is_empty() {
+            timing.lap("prealloc");
+        }
+        memory_fallbacks.extend(touched.fallbacks);
+        memory::attach(&vm, memory).map_err(|e| HostError::new("machine.memory", e))?;
+        let mut parts = Parts::new(resources, vm, Arc::clone(memory), ending);
+        parts.fallbacks = memory_fallbacks;
         parts.add_legacy(plan)?;
         parts.mmio_slots = (plan.machine.transport == plan::Transport::Mmio).then(Vec::new);
         parts.add_disks(plan)?;
@@ -143,6 +153,7 @@ impl Machine {
             serials: &serials,
             pci: mmio.is_none(),
             mmio: mmio.unwrap_or_default(),
+            nodes: &memory::nodes(plan),
         };
         let mut boot = Boot::of(plan);
         if let Some(slots @ [_, ..]) = mmio
@@ -151,7 +162,7 @@ impl Machine {
             // It reads no AML.
             boot.cmdline = format!("{} {}", boot.cmdline, mmio_slots::cmdline(slots)).into();
         }
-        let entry = boot.load(&memory, &description)?;
+        let entry = boot.load(memory, &description)?;
         timing.lap("kernel");
         let shared = Arc::new(vcpu::Shared {
             ports: Arc::clone(&parts.ports),
@@ -162,8 +173,17 @@ impl Machine {
         let (start, vcpus) = parts.spawn_vcpus(plan, &kvm, topology, &apic_ids, entry, &shared)?;
         timing.lap("vCPUs");
         let Parts { devices, fallbacks, serials, power_button, .. } = parts;
-        let _memory = memory;
-        Ok(Self { fallbacks, power_button, serials, shared, vcpus, start, devices, _memory })
+        Ok(Self {
+            fallbacks,
+            power_button,
+            serials,
+            prealloc: touched.threads,
+            shared,
+            vcpus,
+            start,
+            devices,
+            memory: guest_memory,
+        })
     }
 
     /// Lets the guest run.
@@ -180,15 +200,23 @@ impl Machine {
     }
 
     /// Ends the guest and its vCPU threads and lets the devices finish what is in flight. What does
-    /// not come to rest within five seconds is named and left behind; then the resources of the
-    /// machine are still in use and must not be freed.
-    pub fn stop(self, blocking: &Blocking) -> Result<(), String> {
-        let Self { shared, vcpus, start, devices, .. } = self;
+    /// not come to rest within five seconds is named and left behind; then `resources` are still
+    /// in use and must not be freed.
+    pub fn stop(self, resources: &Resources, blocking: &Blocking) -> Result<(), String> {
+        let Self { shared, vcpus, start, devices, memory, .. } = self;
         shared.stop.store(true, Release);
         drop(start);
         let stopped = stop_vcpus(vcpus);
         let paused = Paused::pause(&devices, blocking, REST_LIMIT).map_err(|e| e.to_string());
-        stopped.and(paused.map(drop)).inspect_err(|_| std::mem::forget((shared, devices)))
+        if let Err(why) = stopped.and(paused.map(drop)) {
+            // Requests are in flight: nothing they use may be freed.
+            std::mem::forget((shared, devices, memory));
+            return Err(why);
+        }
+        drop((shared, devices));
+        resources.let_go(blocking);
+        drop(memory);
+        Ok(())
     }
 }
 

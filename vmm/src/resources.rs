@@ -11,7 +11,7 @@ use std::sync::Arc;
 use config::CpuSet;
 use config::plan::{self, Disk, DiskSource, Plan};
 use devices::block::raw::{Engine, Options, RawImage};
-use iothread::{Granted, LoopHandle, PollPolicy, Ring, Sched, Thread, ThreadSpec};
+use iothread::{Blocking, Granted, LoopHandle, PollPolicy, Ring, Sched, Thread, ThreadSpec};
 
 use crate::machine::{HostError, ThreadInfo};
 use crate::verdict;
@@ -61,6 +61,15 @@ impl Resources {
             granted: thread.granted.clone(),
             counters: Arc::clone(handle.counters()),
         })
+    }
+
+    /// Waits until the loops have let go of a machine that was dropped just before.
+    pub(crate) fn let_go(&self, blocking: &Blocking) {
+        let barriers: Vec<_> = self.loops.iter().map(|(handle, _)| handle.barrier()).collect();
+        // A loop that has ended holds nothing either.
+        for barrier in barriers {
+            let _ = barrier.wait(blocking);
+        }
     }
 
     /// Ends the loops' threads. No machine may use them any more.

@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 
 use config::plan::{OnReset, Plan, SerialOut, Verdict};
 use config::{Host, Loaded, Severity};
-use iothread::Blocking;
+use iothread::{Blocking, Granted};
 use serde_json::{Value, json};
 
 use crate::cli::Run;
@@ -97,7 +97,14 @@ fn run_plan(options: &Run, loaded: &Loaded, mut timing: Timing) -> Result<u8, Ho
     let console_on_stderr = options.json;
     let lines = plan.serials.iter().map(|serial| Line::open(serial, console_on_stderr));
     let lines = lines.collect::<Result<_, _>>()?;
-    let mut machine = Machine::build(plan, &resources, &ending, &mut timing)?;
+    let mut machine = match Machine::build(plan, &resources, &ending, &mut timing) {
+        Ok(built) => built,
+        // Large memory takes its time.
+        Err(error) => match signals.next() {
+            Some(signal) => return Ok(stopped_early(options, plan, signal)),
+            None => return Err(error),
+        },
+    };
     let fallbacks = resources.fallbacks.iter().chain(&machine.fallbacks);
     let fallbacks: Vec<_> = fallbacks.map(|f| format!("{}: {}", f.whose, f.what)).collect();
     if plan.policy.fallback == Verdict::Warn {
@@ -107,7 +114,7 @@ fn run_plan(options: &Run, loaded: &Loaded, mut timing: Timing) -> Result<u8, Ho
         return Err(HostError::new("heddle", "called from a loop"));
     };
     if plan.policy.fallback == Verdict::Error && !fallbacks.is_empty() {
-        let _ = machine.stop(&blocking);
+        let _ = machine.stop(&resources, &blocking);
         let why = format!("not granted: {}", fallbacks.join("; "));
         return Err(HostError::new("policy.fallback", why));
     }
@@ -121,15 +128,16 @@ fn run_plan(options: &Run, loaded: &Loaded, mut timing: Timing) -> Result<u8, Ho
     let timing = timing.report();
     end_on_panic(ending.clone());
     let mut resets = 0;
-    let (end, threads, stopped) = loop {
+    let (end, threads, prealloc, stopped) = loop {
         supervisor.connect(&machine);
         machine.start();
         let end = supervisor.wait();
         let threads: Vec<_> = resources.threads().chain(machine.threads()).collect();
-        let stopped = machine.stop(&blocking);
+        let prealloc = std::mem::take(&mut machine.prealloc);
+        let stopped = machine.stop(&resources, &blocking);
         supervisor.finish();
         if end != End::Reset || plan.policy.on_reset == OnReset::Exit || stopped.is_err() {
-            break (end, threads, stopped);
+            break (end, threads, prealloc, stopped);
         }
         resets += 1;
         ending.clear();
@@ -153,8 +161,14 @@ fn run_plan(options: &Run, loaded: &Loaded, mut timing: Timing) -> Result<u8, Ho
     if plan.boot.kernel.is_none() {
         end = verdict::judge(end, guest.as_ref(), &images);
     }
-    let report =
-        Report { end: &end, threads: &threads, fallbacks: &fallbacks, timing: &timing, resets };
+    let report = Report {
+        end: &end,
+        threads: &threads,
+        prealloc: &prealloc,
+        fallbacks: &fallbacks,
+        timing: &timing,
+        resets,
+    };
     if options.json {
         if !print_json(&report.to_json(loaded, guest.as_ref())) {
             return Ok(INTERNAL);
@@ -163,6 +177,18 @@ fn run_plan(options: &Run, loaded: &Loaded, mut timing: Timing) -> Result<u8, Ho
         report.say(options, plan);
     }
     Ok(end.exit_code())
+}
+
+/// A signal came before the guest ran.
+fn stopped_early(options: &Run, plan: &Plan, signal: i32) -> u8 {
+    let end = End::Signal(signal);
+    if options.json {
+        let (exit, reason, message) = (end.exit_code(), end.reason(), end.to_string());
+        print_json(&json!({ "exit": exit, "reason": reason, "message": message }));
+    } else {
+        eprintln!("heddle: {}: {end}, before the guest ran", plan.name);
+    }
+    end.exit_code()
 }
 
 /// A thread that panics ends the machine: without its work a guest would only hang.
@@ -189,8 +215,8 @@ impl Doubts {
     }
 
     fn say(&self) {
-        // CPUs and priorities that cannot be had are said later, with what there is instead.
-        let said_later = ["W07", "W08", "W09"];
+        // CPUs, nodes and priorities that cannot be had are said later, with what there is instead.
+        let said_later = ["W07", "W08", "W09", "W20", "W25"];
         for doubt in self.0.iter().filter(|doubt| !said_later.contains(&doubt.code)) {
             eprintln!("heddle: warning[{}]: {}", doubt.code, doubt.message);
         }
@@ -200,6 +226,7 @@ impl Doubts {
 struct Report<'a> {
     end: &'a End,
     threads: &'a [ThreadInfo],
+    prealloc: &'a [Granted],
     fallbacks: &'a [String],
     timing: &'a TimingReport,
     resets: u64,
@@ -223,6 +250,9 @@ impl Report<'_> {
                 "counters": counters,
             })
         });
+        let prealloc = self.prealloc.iter().map(
+            |granted| json!({ "name": granted.name, "tid": granted.tid, "cpus": granted.cpus }),
+        );
         let raw = match self.end {
             End::DebugExit(value) => Some(*value),
             _ => None,
@@ -236,6 +266,7 @@ impl Report<'_> {
             "not-granted": self.fallbacks,
             "timing": self.timing,
             "threads": threads.collect::<Vec<_>>(),
+            "prealloc": prealloc.collect::<Vec<_>>(),
             "guest": guest,
             "effective": loaded.effective,
         })

@@ -155,6 +155,17 @@ impl Signals {
     }
 }
 
+/// Has a signal come that [`Signals::next`] has not given yet? For long work on the thread that
+/// has not got around to looking.
+pub fn ending_signal_waits() -> bool {
+    // SAFETY: zeros are a valid signal set; the pointer is valid during the calls.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigpending(&raw mut set) == 0
+            && ENDING.iter().any(|signal| libc::sigismember(&raw const set, *signal) == 1)
+    }
+}
+
 impl AsRawFd for Signals {
     fn as_raw_fd(&self) -> i32 {
         self.0.as_raw_fd()

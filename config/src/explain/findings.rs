@@ -1,9 +1,12 @@
 //! What is doubtful about a plan on a host.
 
+use std::collections::BTreeMap;
+
 use super::{Problem, Work, pins};
 use crate::cpuset::CpuSet;
 use crate::diagnostics::Severity;
-use crate::plan::{Engine, Placement, Plan, Sched, Thread, ThreadId, Verdict};
+use crate::plan::{Engine, GuestNode, Placement, Plan, Sched, Thread, ThreadId, Verdict};
+use crate::prealloc;
 use crate::topology::Host;
 use crate::units::format_size;
 
@@ -21,6 +24,11 @@ pub(super) fn all(plan: &Plan, host: &Host, work: &Work<'_>) -> Vec<Problem> {
     priorities(&mut found, plan, host);
     memory(&mut found, plan, host);
     overcommitment(&mut found, plan, host);
+    host_nodes(&mut found, plan, host);
+    remote_vcpus(&mut found, plan, host);
+    remote_queues(&mut found, plan, host);
+    near_without_cpus(&mut found, plan, host);
+    cut_dies(&mut found, plan);
     found.sort_by_key(|problem| problem.code);
     found
 }
@@ -250,5 +258,158 @@ fn overcommitment(found: &mut Vec<Problem>, plan: &Plan, host: &Host) {
         let message = format!("{vcpus} vCPUs share {cpus} host CPUs");
         let hint = "fine for tests; a vCPU that waits for a CPU holds up the guest's locks";
         found.push(Problem::warning("W12", message, hint));
+    }
+}
+
+/// The guest nodes whose memory is to come from a host node, with that node.
+fn bound(plan: &Plan) -> impl Iterator<Item = (usize, &GuestNode, u32)> {
+    plan.numa.iter().enumerate().filter_map(|(nth, node)| Some((nth, node, node.host_node?)))
+}
+
+/// W20: a host node that is not there. W21: one with less memory, or fewer huge pages, than is to
+/// come from it. W22: one with less memory free now.
+fn host_nodes(found: &mut Vec<Problem>, plan: &Plan, host: &Host) {
+    let mut wanted: BTreeMap<u32, u64> = BTreeMap::new();
+    for (nth, node, host_node) in bound(plan) {
+        if host.has_node(host_node) {
+            // The plan's memory is bounded as a whole.
+            *wanted.entry(host_node).or_default() += node.memory;
+            continue;
+        }
+        let message = format!(
+            "guest node {nth} wants memory of host node {host_node}, which the host does not have"
+        );
+        let there: CpuSet = host.nodes.keys().copied().filter(|n| *n <= CpuSet::MAX).collect();
+        let hint = match there.is_empty() {
+            true => "it has no nodes: leave `host-node` out".to_owned(),
+            false => format!("its nodes are {there}"),
+        };
+        found.push(Problem::warning("W20", message, &hint));
+    }
+    for (node, wanted) in wanted {
+        let memory = host.nodes.get(&node).copied().unwrap_or_default();
+        let size = format_size(wanted);
+        let mib = |bytes: u64| format_size(bytes >> 20 << 20);
+        if let Some(page) = plan.machine.hugepages {
+            let (free, page_text) = (host.free_hugepages_on(node, page), format_size(page));
+            if free < wanted {
+                let (need, have, kib) = (wanted / page, free / page, page / 1024);
+                let message = format!(
+                    "{need} huge pages of {page_text} are needed on host node {node}, {have} are free"
+                );
+                let hint = format!(
+                    "echo {need} > /sys/devices/system/node/node{node}/hugepages/hugepages-{kib}kB/nr_hugepages"
+                );
+                found.push(Problem::warning("W21", message, &hint));
+            }
+        } else if let Some(total) = memory.total.filter(|total| wanted > *total) {
+            let message =
+                format!("{size} are to come from host node {node}, which has {}", mib(total));
+            let hint = "move memory to another node, or leave `host-node` out";
+            found.push(Problem::warning("W21", message, hint));
+        } else if let Some(free) = memory.available.filter(|free| wanted > *free) {
+            let message = format!(
+                "{size} are to come from host node {node}, which has {} free now",
+                mib(free)
+            );
+            let hint = "numastat -m shows what takes it; other machines may be bound there";
+            found.push(Problem::warning("W22", message, hint));
+        }
+    }
+}
+
+/// W23: vCPUs pinned away from their memory.
+fn remote_vcpus(found: &mut Vec<Problem>, plan: &Plan, host: &Host) {
+    for (nth, node, host_node) in bound(plan).filter(|(_, _, node)| host.has_node(*node)) {
+        let remote: CpuSet = node
+            .vcpus
+            .iter()
+            .filter(|vcpu| {
+                let cpus = plan.vcpus.get(*vcpu as usize).and_then(|vcpu| vcpu.cpus.as_ref());
+                cpus.is_some_and(|cpus| host.nodes_of(cpus).iter().any(|node| node != host_node))
+            })
+            .collect();
+        if !remote.is_empty() {
+            let message = format!(
+                "{} of guest node {nth} may run away from its memory on host node {host_node}",
+                remote.counted("pinned vCPU")
+            );
+            found.push(Problem::warning("W23", message, &cpus_of(host, host_node)));
+        }
+    }
+}
+
+/// W24: a thread away from the memory of the vCPUs whose queues it serves. A disk with a queue for
+/// each vCPU is meant: there, drivers let each vCPU use its own.
+fn remote_queues(found: &mut Vec<Problem>, plan: &Plan, host: &Host) {
+    for (nth, node, host_node) in bound(plan).filter(|(_, _, node)| host.has_node(*node)) {
+        for (id, thread) in plan.threads.iter().enumerate() {
+            let Some(cpus) = &thread.cpus else { continue };
+            let nodes = host.nodes_of(cpus);
+            if nodes.is_empty() || nodes.contains(host_node) {
+                continue;
+            }
+            let mut remote = Vec::new();
+            for disk in plan.disks.iter().filter(|disk| disk.queues.len() == plan.vcpus.len()) {
+                let is_here = |queue: &u32| {
+                    disk.queues.get(*queue as usize).is_some_and(|q| q.home() == ThreadId(id))
+                };
+                let queues: CpuSet = node.vcpus.iter().filter(is_here).collect();
+                if !queues.is_empty() {
+                    remote.push(format!("disk.{}:q{queues}", disk.name));
+                }
+            }
+            if !remote.is_empty() {
+                let message = format!(
+                    "{} serves {} of guest node {nth}, whose memory is on host node {host_node}, from node {nodes}",
+                    thread.name,
+                    remote.join(", ")
+                );
+                found.push(Problem::warning("W24", message, &cpus_of(host, host_node)));
+            }
+        }
+    }
+}
+
+/// W25: `near`, but no CPU of the node may be used.
+fn near_without_cpus(found: &mut Vec<Problem>, plan: &Plan, host: &Host) {
+    let mut nodes: Vec<u32> = prealloc::touchers(plan, host)
+        .into_iter()
+        .filter(|toucher| toucher.cpus.is_none())
+        .filter_map(|toucher| toucher.node)
+        .filter(|node| host.has_node(*node))
+        .collect();
+    nodes.dedup();
+    for node in nodes {
+        let message = format!("no CPU near the memory of host node {node} may be used");
+        let hint = "its memory is touched from other nodes, which takes longer";
+        found.push(Problem::warning("W25", message, hint));
+    }
+}
+
+/// W26: guest nodes that share a die. The guest is told that a die shares its last level cache.
+fn cut_dies(found: &mut Vec<Problem>, plan: &Plan) {
+    let topology = plan.machine.topology;
+    let per_die = topology.cores.saturating_mul(topology.threads).max(1) as usize;
+    let numbers: Vec<u32> = (0..).take(plan.vcpus.len()).collect();
+    for die in numbers.chunks(per_die) {
+        let is_in = |node: &GuestNode| die.iter().any(|vcpu| node.vcpus.contains(*vcpu));
+        let nodes: CpuSet =
+            (0..).zip(&plan.numa).filter(|(_, node)| is_in(node)).map(|(nth, _)| nth).collect();
+        if nodes.len() > 1 {
+            let vcpus = die.iter().copied().collect::<CpuSet>().counted("vCPU");
+            let message = format!("{vcpus} share a die, but are in the guest's nodes {nodes}");
+            let hint = "Linux takes such nodes for broken: give each node sockets or dies of its own in machine.cpus.topology";
+            // One is enough to see what is wrong.
+            return found.push(Problem::warning("W26", message, hint));
+        }
+    }
+}
+
+fn cpus_of(host: &Host, node: u32) -> String {
+    let cpus = host.usable_on(node);
+    match cpus.is_empty() {
+        true => format!("host node {node} has no CPU that may be used"),
+        false => format!("host node {node} has {}", cpus.counted("CPU")),
     }
 }

@@ -1,12 +1,15 @@
 //! An explanation as a table for people.
 
-use super::{Explanation, Role, ThreadReport};
+use super::{Explanation, NodeReport, Role, ThreadReport};
 use crate::cpuset::CpuSet;
 use crate::diagnostics::Severity;
 use crate::units::format_size;
 
 /// Below this, names and policies could not be kept whole.
 const NARROWEST: usize = 80;
+/// Names that have a number behind them.
+const VCPU: &str = "vcpu";
+const PREALLOC: &str = crate::prealloc::NAME;
 const HEADER: [&str; 5] = ["THREAD", "CPUS", "NODES", "POLICY", "POLL"];
 
 pub(super) fn render(explanation: &Explanation, width: usize) -> String {
@@ -28,6 +31,7 @@ pub(super) fn render(explanation: &Explanation, width: usize) -> String {
             wrap(&mut text, reason, "    ", "      ", width);
         }
     }
+    nodes(&mut text, explanation, width);
     totals(&mut text, explanation, width);
     for problem in &explanation.warnings {
         let kind = match problem.severity {
@@ -49,12 +53,35 @@ pub(super) fn render(explanation: &Explanation, width: usize) -> String {
     text
 }
 
+/// One line per node of the guest.
+fn nodes(text: &mut String, explanation: &Explanation, width: usize) {
+    if !explanation.nodes.is_empty() {
+        text.push('\n');
+    }
+    for NodeReport { node, vcpus, memory, host_node } in &explanation.nodes {
+        let vcpus = match vcpus.is_empty() {
+            true => "no vCPUs".to_owned(),
+            false => vcpus.counted("vCPU"),
+        };
+        let from = match host_node {
+            Some(host) => format!("of host node {host}"),
+            None => "of any host node".to_owned(),
+        };
+        let memory = format_size(*memory);
+        wrap(text, &format!("guest node {node}: {vcpus}, {memory} {from}"), "", "    ", width);
+    }
+}
+
 /// One row per thread, vCPUs that differ only in their number together.
 fn rows(threads: &[ThreadReport]) -> Vec<([String; 5], Vec<String>)> {
     let mut rows: Vec<(ThreadReport, CpuSet)> = Vec::new();
     for thread in threads {
-        // Only vCPUs have numbers.
-        let number = thread.name.strip_prefix("vcpu").filter(|_| thread.role == Role::Vcpu);
+        // Only these have numbers.
+        let number = match thread.role {
+            Role::Vcpu => thread.name.strip_prefix(VCPU),
+            Role::Prealloc => thread.name.strip_prefix(PREALLOC),
+            _ => None,
+        };
         let number = number.and_then(|number| number.parse().ok());
         let plain = ThreadReport { name: String::new(), ..thread.clone() };
         match (number, rows.iter_mut().find(|(row, _)| *row == plain)) {
@@ -67,7 +94,11 @@ fn rows(threads: &[ThreadReport]) -> Vec<([String; 5], Vec<String>)> {
 }
 
 fn row(thread: ThreadReport, numbers: &CpuSet) -> ([String; 5], Vec<String>) {
-    let name = if numbers.is_empty() { thread.name } else { format!("vcpu {numbers}") };
+    let name = match thread.role {
+        Role::Vcpu => format!("{VCPU} {numbers}"),
+        Role::Prealloc => format!("{PREALLOC} {numbers}"),
+        _ => thread.name,
+    };
     let mut reasons = thread.reasons;
     let mut cost = format!("costs {}", plural(thread.fds, "fd"));
     if numbers.len() > 1 {
@@ -79,7 +110,10 @@ fn row(thread: ThreadReport, numbers: &CpuSet) -> ([String; 5], Vec<String>) {
     if let Some(poll) = &thread.poll {
         cost += &format!(", up to {poll} of CPU time before each sleep");
     }
-    reasons.push(cost);
+    reasons.push(match thread.role {
+        Role::Prealloc => "ends before the guest starts".to_owned(),
+        _ => cost,
+    });
     let cells = [
         name,
         thread.cpus.map_or_else(|| "any".to_owned(), |cpus| cpus.to_string()),
@@ -97,7 +131,7 @@ fn plural(count: u64, what: &str) -> String {
 fn totals(text: &mut String, explanation: &Explanation, width: usize) {
     let vcpus = explanation.count(Role::Vcpu);
     let iothreads = explanation.count(Role::Iothread);
-    let threads = explanation.threads.len();
+    let threads = explanation.lasting();
     let fds = explanation.fds();
     let memory = format_size(explanation.memory);
     let cpus = explanation.host_cpus;

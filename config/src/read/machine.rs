@@ -1,21 +1,24 @@
 //! `[machine]` and `[boot]`.
 
 use crate::keys::MAX_VCPUS;
-use crate::plan::{Boot, Kernel, Machine, Module, Topology, Transport};
+use crate::plan::{Boot, Kernel, Machine, Module, Prealloc, Topology, Transport};
 use crate::reader::Reader;
 use crate::units::format_size;
+use crate::value::Value;
 
 /// Memory is made of pieces of this size.
-const PIECE: u64 = 2 << 20;
+pub(super) const PIECE: u64 = 2 << 20;
 /// As much as 46 bits of address can hold, which every host has.
-const MOST_MEMORY: u64 = 64 << 40;
+pub(super) const MOST_MEMORY: u64 = 64 << 40;
 const DEFAULT_MEMORY: u64 = 256 << 20;
 const LONGEST_CMDLINE: usize = 4095;
 const MOST_MODULES: usize = 64;
 
-/// The machine and the number of its vCPUs.
-pub(super) fn machine(table: &Reader<'_>) -> (Machine, u32) {
-    let (memory, hugepages) = memory(&table.table("memory"));
+/// The machine, the number of its vCPUs, and whether the file says how much memory it has.
+pub(super) fn machine(table: &Reader<'_>) -> (Machine, u32, bool) {
+    let memory_table = table.table("memory");
+    let (memory, hugepages) = memory(&memory_table);
+    let prealloc = prealloc(&memory_table);
     let topology = topology(&table.table("cpus"));
     let transport = match table.value("transport").and_then(|value| value.word()) {
         Some("mmio") => Transport::Mmio,
@@ -23,8 +26,8 @@ pub(super) fn machine(table: &Reader<'_>) -> (Machine, u32) {
     };
     let debug_exit = table.value("debug-exit").and_then(|value| value.bool()).unwrap_or(false);
     let Topology { sockets, dies, cores, threads } = topology;
-    let machine = Machine { memory, hugepages, topology, transport, debug_exit };
-    (machine, sockets * dies * cores * threads)
+    let machine = Machine { memory, hugepages, prealloc, topology, transport, debug_exit };
+    (machine, sockets * dies * cores * threads, memory_table.has("size"))
 }
 
 fn memory(table: &Reader<'_>) -> (u64, Option<u64>) {
@@ -40,6 +43,12 @@ fn memory(table: &Reader<'_>) -> (u64, Option<u64>) {
     let Some(size) = value.size() else {
         return (DEFAULT_MEMORY, hugepages);
     };
+    check_size(&value, size, piece);
+    (size, hugepages)
+}
+
+/// Is `size` memory that can be made of such pieces?
+pub(super) fn check_size(value: &Value<'_>, size: u64, piece: u64) {
     if size == 0 || !size.is_multiple_of(piece) {
         let rounded = format_size(size.next_multiple_of(piece).max(piece).min(MOST_MEMORY));
         value.error(
@@ -49,7 +58,17 @@ fn memory(table: &Reader<'_>) -> (u64, Option<u64>) {
     } else if size > MOST_MEMORY {
         value.error(format!("the most memory is {}", format_size(MOST_MEMORY)), None);
     }
-    (size, hugepages)
+}
+
+fn prealloc(table: &Reader<'_>) -> Option<Prealloc> {
+    let value = table.value("prealloc")?.alternative()?;
+    if !value.is_table() {
+        return value.bool()?.then(Prealloc::default);
+    }
+    let table = value.into_table();
+    let threads = table.value("threads").and_then(|value| value.int());
+    let near = table.value("near").and_then(|value| value.bool()).unwrap_or(false);
+    Some(Prealloc { threads, near })
 }
 
 fn topology(cpus: &Reader<'_>) -> Topology {

@@ -1,6 +1,7 @@
 //! The ACPI tables a guest needs to find its CPUs, PCI and the power switch (ACPI 6.5).
 
 mod dsdt;
+mod numa;
 
 use acpi_tables::Aml;
 use acpi_tables::facs::FACS;
@@ -14,12 +15,12 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use devices::legacy::{PowerPorts, Rtc};
 
-use crate::memory::ECAM;
+use crate::memory::{ECAM, GuestNode};
 use crate::mmio_slots::MmioSlot;
 
 const OEM: [u8; 6] = *b"HEDDLE";
-const TABLE: [u8; 8] = *b"HEDDLEVM";
-const REVISION: u32 = 1;
+pub(crate) const TABLE: [u8; 8] = *b"HEDDLEVM";
+pub(crate) const REVISION: u32 = 1;
 
 const LOCAL_APIC: u32 = 0xfee0_0000;
 const IO_APIC: u32 = 0xfec0_0000;
@@ -32,7 +33,7 @@ const RESET_PORT: u16 = 0xcf9;
 const RESET_VALUE: u8 = 6;
 
 /// xAPIC ids end here: 255 is broadcast.
-const X2APIC_FROM: u32 = 255;
+pub(crate) const X2APIC_FROM: u32 = 255;
 
 /// Tables laid out one after the other from a base address.
 struct Layout {
@@ -60,6 +61,8 @@ pub struct Description<'a> {
     pub pci: bool,
     /// The virtio-mmio devices.
     pub mmio: &'a [MmioSlot],
+    /// The NUMA nodes; none: nothing is said about them.
+    pub nodes: &'a [GuestNode],
 }
 
 /// The bytes of all tables for a machine, to be put at `base`, which is a multiple of 64. The RSDP
@@ -75,6 +78,10 @@ pub fn tables(base: u64, machine: &Description<'_>) -> Vec<u8> {
         let mut mcfg = MCFG::new(OEM, TABLE, REVISION);
         mcfg.add_ecam(ECAM, 0, 0, 0);
         listed.push(layout.add(&mcfg));
+    }
+    if !machine.nodes.is_empty() {
+        listed.push(layout.add(&numa::srat(machine.nodes, machine.apic_ids)));
+        listed.push(layout.add(&numa::slit(machine.nodes)));
     }
     let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
     listed.into_iter().for_each(|table| xsdt.add_entry(table));
@@ -164,7 +171,7 @@ mod tests {
     }
 
     fn full(apic_ids: &[u32]) -> Description<'_> {
-        Description { apic_ids, serials: &[0, 1, 2, 3], pci: true, mmio: &[] }
+        Description { apic_ids, serials: &[0, 1, 2, 3], pci: true, mmio: &[], nodes: &[] }
     }
 
     #[test]

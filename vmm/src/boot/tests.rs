@@ -4,18 +4,17 @@
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use devices::virtio::Mem;
 use linux_loader::loader::bootparam::boot_params;
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
 use super::image::{half, long, word};
 use super::*;
-use crate::memory;
+use crate::memory::{self, GuestMemory};
 
 const MEMORY: u64 = 64 << 20;
 const CODE: &[u8] = b"\xf4code";
 const ONE_CPU: acpi::Description<'_> =
-    acpi::Description { apic_ids: &[0], serials: &[], pci: true, mmio: &[] };
+    acpi::Description { apic_ids: &[0], serials: &[], pci: true, mmio: &[], nodes: &[] };
 
 fn put(file: &mut [u8], at: usize, bytes: &[u8]) {
     file[at..at + bytes.len()].copy_from_slice(bytes);
@@ -135,25 +134,25 @@ fn boot<'a>(protocol: Protocol, file: &'a [u8], modules: &[(&'a [u8], &'a str)])
     }
 }
 
-fn loaded(boot: &Boot<'_>) -> (Mem, Entry) {
+fn loaded(boot: &Boot<'_>) -> (GuestMemory, Entry) {
     let memory = memory::allocate(MEMORY, None).unwrap();
     let entry = boot.load(&memory, &ONE_CPU).unwrap();
     (memory, entry)
 }
 
 fn refused(protocol: Protocol, file: &[u8]) -> String {
-    static MEM: OnceLock<Mem> = OnceLock::new();
+    static MEM: OnceLock<GuestMemory> = OnceLock::new();
     let memory = MEM.get_or_init(|| memory::allocate(MEMORY, None).unwrap());
     boot(protocol, file, &[]).load(memory, &ONE_CPU).unwrap_err().to_string()
 }
 
-fn bytes(memory: &Mem, at: u64, len: usize) -> Vec<u8> {
+fn bytes(memory: &GuestMemory, at: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     memory.read_slice(&mut bytes, GuestAddress(at)).unwrap();
     bytes
 }
 
-fn text(memory: &Mem, at: u64) -> String {
+fn text(memory: &GuestMemory, at: u64) -> String {
     let bytes = bytes(memory, at, 4096);
     let end = bytes.iter().position(|byte| *byte == 0).unwrap();
     String::from_utf8(bytes[..end].to_vec()).unwrap()
