@@ -194,7 +194,7 @@ fn loader() -> impl Fn(&[u8]) -> Result<Entry, BootError> {
     move |bytes| {
         let began = Instant::now();
         let boot = Boot { kernel: Kernel::Bytes(bytes), initrd: None, cmdline: "" };
-        let loaded = boot::load(&memory, boot, &[0]);
+        let loaded = boot::load(memory.mem(), boot, &[0]);
         assert!(began.elapsed() < Duration::from_secs(5), "{:?}: {loaded:?}", began.elapsed());
         loaded
     }
