@@ -430,8 +430,9 @@ pub(crate) mod tests {
         let said = "[[numa]]\nvcpus = \"0\"\nmemory = \"3G\"\ndistances = [10, 31]\n\
             [[numa]]\nmemory = \"2M\"\ndistances = [31, 10]";
         let nodes = super::nodes(&plan(said));
-        assert_eq!((&nodes[0].ranges[..], nodes[0].distances[1]), (&[0..3 * gib][..], 31));
-        assert_eq!(nodes[1].ranges, [HIGH_RAM..HIGH_RAM + ALIGN]);
+        let ranges: Vec<_> = nodes.iter().flat_map(|node| node.ranges.clone()).collect();
+        assert_eq!(ranges, [0..LOW_RAM_END, HIGH_RAM..HIGH_RAM + ALIGN]);
+        assert_eq!((nodes[0].ranges.len(), nodes[0].distances[1]), (1, 31));
     }
 
     #[test]

@@ -320,7 +320,8 @@ mod tests {
         assert_eq!(shared.bytes.load(Relaxed), 6 << 20);
         assert_eq!(memory.read_obj::<u32>(GuestAddress(HIGH_RAM + 8)).unwrap(), 0x1234_5678);
         shared.stop.store(true, Relaxed);
-        touch_all(memory, &[0..4 << 20], CHUNK, &shared).unwrap();
+        let start = 0..4 << 20;
+        touch_all(memory, std::slice::from_ref(&start), CHUNK, &shared).unwrap();
         assert_eq!(resident(memory), [2 << 10, 4 << 10], "it was told to stop");
     }
 
@@ -357,7 +358,8 @@ mod tests {
         assert!(error.starts_with("machine.memory.hugepages: "), "{error}");
         assert!(error.contains("ran out of huge pages of 2 MiB after "), "{error}");
         let shared = Shared::default();
-        let failed = touch_all(memory.mem(), &[4 << 20..6 << 20], 2 << 20, &shared).unwrap_err();
+        let last = [2 << 20..2 << 20, 4 << 20..6 << 20];
+        let failed = touch_all(memory.mem(), &last, 2 << 20, &shared).unwrap_err();
         let error = explain(&failed, &plan).to_string();
         assert!(error.contains("host node 0 ran out") && error.contains("4 MiB of 6"), "{error}");
         assert!(error.contains("node/node0/hugepages/hugepages-2048kB/nr_hugepages"), "{error}");
