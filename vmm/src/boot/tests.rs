@@ -365,6 +365,21 @@ fn the_field_that_is_wrong_is_named_with_its_value() {
 }
 
 #[test]
+fn the_tables_of_many_vcpus_leave_room_for_every_protocol() {
+    let apic_ids: Vec<u32> = (0..1024).collect();
+    let longest = "x".repeat(LONGEST_CMDLINE);
+    for (protocol, file) in images() {
+        let memory = memory::allocate(MEMORY, None).unwrap();
+        let mut boot = boot(protocol, &file, &[]);
+        if !file.starts_with(b"MZ") {
+            boot.cmdline = longest.as_str().into();
+        }
+        let entry = boot.load(&memory, &apic_ids);
+        assert!(entry.is_ok(), "{protocol:?}: {entry:?}");
+    }
+}
+
+#[test]
 fn segments_may_not_overlap_and_may_be_empty() {
     let mut file = multiboot_header(elf64(0x10_0000, 0x10_0000), 0);
     put(&mut file, 56, &2u16.to_le_bytes());
