@@ -71,6 +71,10 @@ fn fragment() -> impl Strategy<Value = String> {
         "distances",
         "prealloc",
         "near",
+        "kernel",
+        "multiboot",
+        "modules",
+        "cmdline",
         "a.b",
         "\"\"",
     ]);
@@ -167,6 +171,14 @@ fn good_file() -> impl Strategy<Value = String> {
                     text += &format!("distances = [{}, 10]\n", 11 + seed % 200);
                 }
             }
+            text += &match seed % 3 {
+                0 => String::new(),
+                1 => format!("[boot]\nkernel = \"k\"\ninitrd = \"i\"\ncmdline = {name}\n"),
+                _ => format!(
+                    "[boot]\nmultiboot = \"k\"\n\
+                     modules = [\"a b\", {{ path = \"c\", cmdline = {name} }}]\n"
+                ),
+            };
             for (index, (place, queues, bits, flags, size)) in disks.into_iter().enumerate() {
                 text += &format!("[disk.d{index}]\nqueues = {queues}\nqueue-size = {}\n", 2 << bits);
                 text += &format!("read-only = {}\ndirect = {}\n", flags[0], flags[1]);

@@ -221,6 +221,8 @@ fn linux_gets_its_boot_params() {
 
 #[test]
 fn multiboot_gets_its_information() {
+    let mut to_the_end = multiboot_flat();
+    put(&mut to_the_end, 0x194, &[0; 8]);
     for (file, rip, at) in [
         (multiboot_header(elf32(), 3), 0x10_0002, 0x10_0000),
         (multiboot_header(elf64(0x10_0000, 0x10_0001), 0), 0x10_0001, 0x10_0000),
@@ -228,6 +230,8 @@ fn multiboot_gets_its_information() {
         (multiboot_header(elf64(u64::MAX << 20, (u64::MAX << 20) + 3), 0), 0x10_0003, 0x10_0000),
         (multiboot_header(elf64(u64::MAX << 20, 0x10_0004), 0), 0x10_0004, 0x10_0000),
         (multiboot_flat(), 0x20_0100, 0x20_0100),
+        // Without load_end_addr and bss_end_addr: the whole file.
+        (to_the_end, 0x20_0100, 0x20_0100),
     ] {
         let modules: &[(&[u8], &str)] = &[(b"A=1\n", ""), (b"second", "a b")];
         let (memory, entry) = loaded(&boot(Protocol::Multiboot, &file, modules));
@@ -362,6 +366,21 @@ fn the_field_that_is_wrong_is_named_with_its_value() {
 }
 
 #[test]
+fn the_tables_of_many_vcpus_leave_room_for_every_protocol() {
+    let apic_ids: Vec<u32> = (0..1024).collect();
+    let longest = "x".repeat(LONGEST_CMDLINE);
+    for (protocol, file) in images() {
+        let memory = memory::allocate(MEMORY, None).unwrap();
+        let mut boot = boot(protocol, &file, &[]);
+        if !file.starts_with(b"MZ") {
+            boot.cmdline = longest.as_str().into();
+        }
+        let entry = boot.load(&memory, &acpi::Description { apic_ids: &apic_ids, ..ONE_CPU });
+        assert!(entry.is_ok(), "{protocol:?}: {entry:?}");
+    }
+}
+
+#[test]
 fn segments_may_not_overlap_and_may_be_empty() {
     let mut file = multiboot_header(elf64(0x10_0000, 0x10_0000), 0);
     put(&mut file, 56, &2u16.to_le_bytes());
@@ -382,6 +401,33 @@ fn segments_may_not_overlap_and_may_be_empty() {
         assert!(said.contains(&format!("segment 1: p_paddr {paddr:#x} is in another")), "{said}");
     }
     assert!(second(MEMORY, 1).unwrap_err().contains("machine.memory"));
+}
+
+#[test]
+fn the_pvh_note_is_found_among_others() {
+    let load = |file: &[u8]| {
+        let memory = memory::allocate(MEMORY, None).unwrap();
+        boot(Protocol::Native, file, &[]).load(&memory, &ONE_CPU).map_err(|error| error.to_string())
+    };
+    let good = pvh();
+    let (headers, note) = good.split_at(good.len() - 24);
+    // Five bytes of name and of description, each with its padding.
+    let mut other: Vec<u8> = [5u32, 5, 18].iter().flat_map(|word| word.to_le_bytes()).collect();
+    other.extend(b"Xen\0\0\0\0\0Xen\0\0");
+    let with_notes = |notes: &[&[u8]]| {
+        let notes = notes.concat();
+        let mut file = headers.to_vec();
+        put(&mut file, 120 + 32, &(notes.len() as u64).to_le_bytes());
+        [file, notes].concat()
+    };
+    let entry = load(&with_notes(&[&other, &[0; 3], note])).unwrap();
+    assert!(matches!(entry, Entry::Pvh { rip: 0x10_0001, .. }), "{entry:?}");
+    for notes in [&[other.as_slice()][..], &[&other, &[0; 3]], &[]] {
+        let said = load(&with_notes(notes)).unwrap_err();
+        assert!(said.contains("no PVH entry"), "{said}");
+    }
+    let said = load(&with_notes(&[&other, &[0; 3], &note[..11]])).unwrap_err();
+    assert!(said.contains("a note's header ends after 11 bytes"), "{said}");
 }
 
 #[test]
