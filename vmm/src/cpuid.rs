@@ -72,6 +72,7 @@ fn adapt(entry: &mut kvm_cpuid_entry2, topology: Topology, apic_id: u32) {
     const X2APIC: u32 = 1 << 21;
     const TSC_DEADLINE: u32 = 1 << 24;
     const HYPERVISOR: u32 = 1 << 31;
+    const KVM_FEATURE_MSI_EXT_DEST_ID: u32 = 1 << 15;
     match entry.function {
         1 => {
             let logical = topology.per_socket().min(255);
@@ -91,6 +92,8 @@ fn adapt(entry: &mut kvm_cpuid_entry2, topology: Topology, apic_id: u32) {
                 entry.eax |= (cores - 1).min(63) << 26;
             }
         }
+        // The hypervisor's leaf: see `irq` for what it promises.
+        0x4000_0001 => entry.eax |= KVM_FEATURE_MSI_EXT_DEST_ID,
         0x8000_0008 => {
             let threads = (topology.per_socket() - 1).min(255);
             entry.ecx = threads | topology.socket_bits().min(15) << 12;

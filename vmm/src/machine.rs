@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::*};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
 use config::CpuSet;
@@ -27,7 +27,10 @@ use devices::virtio::{Mem, VirtioDevice};
 use iothread::{
     Blocking, Counters, Granted, LoopHandle, PollPolicy, Ring, Sched, Thread, ThreadSpec,
 };
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_pit_config};
+use kvm_bindings::{
+    KVM_CAP_X2APIC_API, KVM_MAX_CPUID_ENTRIES, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+    KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap, kvm_pit_config,
+};
 use kvm_ioctls::{Kvm, VmFd};
 
 use crate::boot::{self, Boot, BootError, Kernel};
@@ -35,6 +38,7 @@ use crate::console::{Line, Sink};
 use crate::cpuid::{self, Topology};
 use crate::ending::Ending;
 use crate::irq::{KvmIrq, KvmLine};
+use crate::limits;
 use crate::memory::{self, BARS, ECAM, KVM_PAGES};
 use crate::terminal::output;
 use crate::timing::Timing;
@@ -130,6 +134,10 @@ impl Machine {
         timing: &mut Timing,
     ) -> Result<(Self, Vec<Line>), HostError> {
         let kvm = open_kvm()?;
+        let topology = topology(plan);
+        let apic_ids: Vec<u32> =
+            (0..plan.vcpus.len() as u32).map(|vcpu| topology.apic_id(vcpu)).collect();
+        limits::check(&kvm, &apic_ids)?;
         let ending = Ending::new().map_err(|e| HostError::new("eventfd", e))?;
         let vm = create_vm(&kvm)?;
         timing.lap("KVM");
@@ -144,13 +152,6 @@ impl Machine {
         parts.add_disks(plan)?;
         parts.add_rngs(plan)?;
         timing.lap("devices");
-        let topology = Topology {
-            dies: plan.machine.topology.dies,
-            cores: plan.machine.topology.cores,
-            threads: plan.machine.topology.threads,
-        };
-        let apic_ids: Vec<u32> =
-            (0..plan.vcpus.len() as u32).map(|vcpu| topology.apic_id(vcpu)).collect();
         let entry = load(plan, &memory, &apic_ids)?;
         timing.lap("kernel");
         let shared = Arc::new(vcpu::Shared {
@@ -233,7 +234,8 @@ fn join(thread: Thread) -> Result<(), String> {
     thread.join().map_err(|_| format!("thread {name} panicked"))
 }
 
-fn open_kvm() -> Result<Kvm, HostError> {
+/// Opens /dev/kvm.
+pub fn open_kvm() -> Result<Kvm, HostError> {
     let kvm = Kvm::new().map_err(|error| {
         let advice = match error.errno() {
             libc::ENOENT => "this host has no KVM, or its module is not loaded",
@@ -248,11 +250,29 @@ fn open_kvm() -> Result<Kvm, HostError> {
     }
 }
 
+/// What the guest is told about its CPUs.
+pub fn topology(plan: &Plan) -> Topology {
+    let plan::Topology { dies, cores, threads, .. } = plan.machine.topology;
+    Topology { dies, cores, threads }
+}
+
 fn create_vm(kvm: &Kvm) -> Result<Arc<VmFd>, HostError> {
     let step = |what: &'static str| move |error| HostError::new(format!("KVM: {what}"), error);
     let vm = kvm.create_vm().map_err(step("KVM_CREATE_VM"))?;
     vm.set_identity_map_address(KVM_PAGES).map_err(step("KVM_SET_IDENTITY_MAP_ADDR"))?;
     vm.set_tss_address(KVM_PAGES as usize + 0x1000).map_err(step("KVM_SET_TSS_ADDR"))?;
+    // Destinations of interrupts have 32 bits, and 255 of them is a CPU like any other.
+    let wide_ids = kvm_enable_cap {
+        cap: KVM_CAP_X2APIC_API,
+        args: [
+            (KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK).into(),
+            0,
+            0,
+            0,
+        ],
+        ..kvm_enable_cap::default()
+    };
+    vm.enable_cap(&wide_ids).map_err(step("KVM_CAP_X2APIC_API"))?;
     vm.create_irq_chip().map_err(step("KVM_CREATE_IRQCHIP"))?;
     let pit = kvm_pit_config { flags: kvm_bindings::KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(pit).map_err(step("KVM_CREATE_PIT2"))?;
@@ -485,29 +505,56 @@ impl Parts {
         let supported = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(step("KVM_GET_SUPPORTED_CPUID"))?;
-        let mut vcpus = Vec::new();
-        let mut starts = Vec::new();
-        for (nth, (vcpu, apic_id)) in plan.vcpus.iter().zip(apic_ids).enumerate() {
-            let fd = self.vm.create_vcpu(u64::from(*apic_id)).map_err(step("KVM_CREATE_VCPU"))?;
-            let cpuid = cpuid::for_vcpu(&supported, topology, *apic_id);
-            fd.set_cpuid2(&cpuid).map_err(step("KVM_SET_CPUID2"))?;
-            if nth == 0 {
-                boot::enter(&fd, entry).map_err(step("KVM_SET_SREGS"))?;
-            }
-            let (start, wait): (Sender<()>, Receiver<()>) = channel();
+        let supported = Arc::new(supported);
+        let mut starts: Vec<Sender<()>> = Vec::new();
+        let mut starting = Vec::new();
+        for (nth, (vcpu, &apic_id)) in plan.vcpus.iter().zip(apic_ids).enumerate() {
+            let (start, wait) = channel();
             let spec = ThreadSpec {
                 name: format!("vcpu{nth}"),
                 cpus: vcpu.cpus.as_ref().map(cpu_ids),
                 sched: sched(vcpu.sched),
             };
-            let vcpu = Vcpu::spawn(spec, fd, Arc::clone(shared), wait)
-                .map_err(|error| HostError::new(format!("vcpu{nth}"), error))?;
-            self.note_refused(format!("vcpu{nth}"), &vcpu.thread.granted);
-            vcpus.push(vcpu);
+            let (vm, supported) = (Arc::clone(&self.vm), Arc::clone(&supported));
+            let make = move || {
+                let fd = vm.create_vcpu(apic_id.into()).map_err(ioctl("KVM_CREATE_VCPU"))?;
+                let cpuid = cpuid::for_vcpu(&supported, topology, apic_id);
+                fd.set_cpuid2(&cpuid).map_err(ioctl("KVM_SET_CPUID2"))?;
+                if nth == 0 {
+                    boot::enter(&fd, entry).map_err(ioctl("KVM_SET_SREGS"))?;
+                }
+                Ok(fd)
+            };
             starts.push(start);
+            starting.push(Vcpu::start(spec, make, Arc::clone(shared), wait));
         }
-        Ok((starts, vcpus))
+        let mut vcpus = Vec::new();
+        let mut failed = None;
+        for (nth, starting) in starting.into_iter().enumerate() {
+            match starting.and_then(vcpu::Starting::wait) {
+                Ok(vcpu) => {
+                    self.note_refused(format!("vcpu{nth}"), &vcpu.thread.granted);
+                    vcpus.push(vcpu);
+                }
+                Err(error) => failed = failed.or(Some(HostError::new(format!("vcpu{nth}"), error))),
+            }
+        }
+        match failed {
+            None => Ok((starts, vcpus)),
+            Some(error) => {
+                // What starts now must not run.
+                shared.stop.store(true, Release);
+                drop(starts);
+                let _ = stop_vcpus(vcpus);
+                Err(error)
+            }
+        }
     }
+}
+
+/// Says which request to KVM failed.
+fn ioctl(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> io::Error {
+    move |error| io::Error::other(format!("{what}: {error}"))
 }
 
 /// Refuses an image that another disk has under whatever path, unless both only read.

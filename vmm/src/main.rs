@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use config::{Diagnostics, Host, Problem, Severity};
 use vmm::cli::{Check, Cli, Command, Explain};
-use vmm::{bench, run};
+use vmm::{bench, limits, run};
 
 /// Exit codes of commands that run no machine; those of a machine are in `vmm::ending`.
 const INTERNAL: u8 = 1;
@@ -80,7 +80,10 @@ fn check(options: &Check) -> u8 {
     let mut problems = Vec::new();
     if options.host {
         match Host::live() {
-            Ok(host) => problems = config::check_host(&loaded.plan, &host),
+            Ok(host) => {
+                problems.extend(limits::problem(&loaded.plan));
+                problems.extend(config::check_host(&loaded.plan, &host));
+            }
             Err(error) => {
                 eprintln!("heddle: {error}");
                 return HOST;
