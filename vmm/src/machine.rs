@@ -526,7 +526,11 @@ impl Parts {
                 Ok(fd)
             };
             starts.push(start);
-            starting.push(Vcpu::start(spec, make, Arc::clone(shared), wait));
+            let vcpu = Vcpu::start(spec, make, Arc::clone(shared), wait);
+            starting.push(vcpu.map_err(|error| {
+                let limits = "see ulimit -u, and pids.max of its cgroup";
+                io::Error::other(format!("its thread cannot be started: {error}; {limits}"))
+            }));
         }
         let mut vcpus = Vec::new();
         let mut failed = None;

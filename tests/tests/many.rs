@@ -1,0 +1,131 @@
+//! Many vCPUs in a machine, and many machines at once.
+
+use std::fs;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use serde_json::Value;
+use tests::machine::{Machine, Running, text};
+use tests::program::{heddle, need_kvm};
+
+/// Local APICs have ids beyond this only in x2APIC mode, and messages reach those only by the
+/// extended bits of their destination.
+const XAPIC: u64 = 256;
+
+/// A machine whose disk has a queue for each vCPU, `cpus` as the file says it.
+fn file(cpus: &str, place: &str, requests: u32) -> String {
+    format!(
+        "[machine]\nmemory = \"1G\"\ncpus = {cpus}\n[boot]\ncmdline = \"requests={requests}\"\n\
+         [thread.io0]\n[disk.data]\nsize = \"128M\"\nplace = \"{place}\"\n"
+    )
+}
+
+/// Runs the built-in guest, whose CPUs all drive their queue and get its interrupts; `far` of them
+/// have APIC ids above 255.
+#[track_caller]
+fn check(toml: &str, vcpus: u64, far: u64) {
+    let outcome = Machine::new(toml).run(&["--json"]).expect(0);
+    let report = outcome.json();
+    let guest = &report["guest"];
+    assert_eq!((&guest["verdict"], &guest["vcpus"]), (&"ok".into(), &vcpus.into()));
+    assert_eq!(guest["cpus_above_255"], far);
+    assert_eq!(guest["cpus_above_255_interrupted"], far);
+    let queues = guest["disks"][0]["per_vcpu"].as_array().unwrap();
+    assert_eq!(queues.len() as u64, vcpus);
+    for queue in queues {
+        assert!(queue[2].as_u64() > Some(16) && queue[4].as_u64() >= Some(2), "{queue}");
+    }
+    let took = outcome.took.as_secs_f64();
+    println!("{vcpus} vCPUs: {took:.1} s, timing {}", report["timing"]);
+}
+
+/// The same for one socket of `vcpus` cores, whose APIC ids count up from 0.
+#[track_caller]
+fn check_cores(vcpus: u64, place: &str, requests: u32) {
+    check(&file(&vcpus.to_string(), place, requests), vcpus, vcpus.saturating_sub(XAPIC));
+}
+
+#[test]
+fn two_hundred_and_eighty_eight_vcpus() {
+    check_cores(288, "io0", 64);
+}
+
+#[test]
+fn two_hundred_and_eighty_eight_vcpus_that_serve_themselves() {
+    check_cores(288, "vcpu", 64);
+}
+
+#[test]
+fn apic_ids_above_255_in_a_machine_of_150_vcpus() {
+    // Five of eight ids on two levels: sockets begin at 0, 64, 128, 192, 256 and 320.
+    let topology = "{ count = 150, topology = { sockets = 6, dies = 5, cores = 5, threads = 1 } }";
+    check(&file(topology, "io0", 64), 150, 50);
+}
+
+#[test]
+#[ignore = "takes long; cargo test -p tests --test many -- --ignored"]
+fn five_hundred_and_twelve_vcpus() {
+    check_cores(512, "io0", 32);
+}
+
+#[test]
+#[ignore = "takes long; cargo test -p tests --test many -- --ignored"]
+fn one_thousand_and_twenty_four_vcpus() {
+    check_cores(1024, "io0", 16);
+}
+
+#[test]
+#[ignore = "takes long; cargo test -p tests --test many -- --ignored"]
+fn one_thousand_and_twenty_four_vcpus_that_serve_themselves() {
+    check_cores(1024, "vcpu", 16);
+}
+
+#[test]
+fn a_vcpu_that_cannot_be_made_is_named_and_nothing_runs() {
+    need_kvm();
+    let machine = Machine::new("[machine]\ncpus = 100\n");
+    let mut command = Command::new("prlimit");
+    command.args(["--nofile=60:60", "--", text(heddle()), "run"]);
+    command.arg(machine.path("vm.toml")).stdin(Stdio::null());
+    let outcome = Running::start(&mut command).wait();
+    assert!(!outcome.text().contains("heddle: the built-in guest"), "{}", outcome.text());
+    let outcome = outcome.refuses(4, "KVM_CREATE_VCPU: Too many open files");
+    assert!(outcome.stderr.contains("heddle: vcpu"), "{}", outcome.stderr);
+}
+
+/// Processes this one has started that are still there.
+fn children() -> Vec<String> {
+    let tasks = fs::read_dir("/proc/self/task").unwrap();
+    let of = |task: fs::DirEntry| fs::read_to_string(task.path().join("children")).ok();
+    let children: String = tasks.filter_map(|task| of(task.ok()?)).collect();
+    children.split_whitespace().map(str::to_owned).collect()
+}
+
+#[test]
+fn sixty_four_machines_at_once() {
+    need_kvm();
+    const MACHINES: usize = 64;
+    let machine = Machine::new(
+        "[boot]\ncmdline = \"requests=64 quiet\"\n[thread.io0]\n\
+         [disk.data]\nsize = \"8M\"\nplace = \"io0\"\n",
+    );
+    heddle();
+    let began = Instant::now();
+    let running: Vec<Running> = (0..MACHINES).map(|_| machine.start(&["--json"])).collect();
+    let ids: Vec<String> = running.iter().map(|machine| machine.pid().to_string()).collect();
+    let reports: Vec<Value> =
+        running.into_iter().map(|machine| machine.wait().expect(0).json()).collect();
+    let took = began.elapsed().as_secs_f64();
+    let mut private: Vec<u64> = Vec::new();
+    for report in &reports {
+        assert_eq!(report["guest"]["verdict"], "ok");
+        assert_eq!(report["not-granted"], Value::Array(Vec::new()));
+        private.push(report["timing"]["private-kib"].as_u64().unwrap());
+    }
+    private.sort_unstable();
+    let [least, median, most] = [0, MACHINES / 2, MACHINES - 1].map(|nth| private[nth]);
+    println!("{MACHINES} machines: {took:.1} s, private KiB {least} {median} {most}");
+    assert!(most < 16 << 10, "{private:?}");
+    let left: Vec<_> = children().into_iter().filter(|child| ids.contains(child)).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
