@@ -507,9 +507,10 @@ impl Parts {
             .map_err(step("KVM_GET_SUPPORTED_CPUID"))?;
         let supported = Arc::new(supported);
         let mut starts: Vec<Sender<()>> = Vec::new();
-        let mut starting = Vec::new();
-        for (nth, (vcpu, &apic_id)) in plan.vcpus.iter().zip(apic_ids).enumerate() {
+        let mut start = |nth: usize| {
+            let (vcpu, apic_id) = (&plan.vcpus[nth], apic_ids[nth]);
             let (start, wait) = channel();
+            starts.push(start);
             let spec = ThreadSpec {
                 name: format!("vcpu{nth}"),
                 cpus: vcpu.cpus.as_ref().map(cpu_ids),
@@ -525,17 +526,23 @@ impl Parts {
                 }
                 Ok(fd)
             };
-            starts.push(start);
-            let vcpu = Vcpu::start(spec, make, Arc::clone(shared), wait);
-            starting.push(vcpu.map_err(|error| {
+            Vcpu::start(spec, make, Arc::clone(shared), wait).map_err(|error| {
                 let limits = "see ulimit -u, and pids.max of its cgroup";
                 io::Error::other(format!("its thread cannot be started: {error}; {limits}"))
-            }));
+            })
+        };
+        // Until a CPU is in x2APIC mode, KVM knows it by the low 8 bits of its id, and of several
+        // with the same bits by the first that was made: those with small ids are made first.
+        let small = apic_ids.partition_point(|&id| id <= 0xff);
+        let mut made: Vec<io::Result<Vcpu>> = Vec::new();
+        for batch in [0..small, small..apic_ids.len()] {
+            let starting: Vec<_> = batch.map(&mut start).collect();
+            made.extend(starting.into_iter().map(|it| it.and_then(vcpu::Starting::wait)));
         }
         let mut vcpus = Vec::new();
         let mut failed = None;
-        for (nth, starting) in starting.into_iter().enumerate() {
-            match starting.and_then(vcpu::Starting::wait) {
+        for (nth, made) in made.into_iter().enumerate() {
+            match made {
                 Ok(vcpu) => {
                     self.note_refused(format!("vcpu{nth}"), &vcpu.thread.granted);
                     vcpus.push(vcpu);
