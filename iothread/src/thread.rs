@@ -346,6 +346,17 @@ mod tests {
     }
 
     #[test]
+    fn room_for_files_is_made_at_once_and_a_wish_beyond_the_limit_does_no_harm() {
+        let limit = raise_file_limit().unwrap();
+        reserve_files(u64::MAX);
+        reserve_files(limit + 1);
+        reserve_files(900);
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let size = status.lines().find_map(|line| line.strip_prefix("FDSize:")).unwrap();
+        assert!(size.trim().parse::<u64>().unwrap() > 900, "{size}");
+    }
+
+    #[test]
     fn affinity_does_not_leak_to_a_thread_that_did_not_ask() {
         let (sender, receiver) = sync_channel(1);
         let first = available_cpus()[0];

@@ -15,11 +15,7 @@ pub fn check(kvm: &Kvm, apic_ids: &[u32]) -> Result<(), HostError> {
 /// cannot be opened: the check of /dev/kvm itself has that.
 pub fn problem(plan: &Plan) -> Option<Problem> {
     let kvm = open_kvm().ok()?;
-    let topology = topology(plan);
-    let apic_ids: Vec<u32> =
-        (0..plan.vcpus.len() as u32).map(|vcpu| topology.apic_id(vcpu)).collect();
-    let error = check(&kvm, &apic_ids).err()?;
-    let message = error.to_string();
+    let message = check(&kvm, &topology(plan).apic_ids(plan.vcpus.len())).err()?.to_string();
     Some(Problem { code: "H06", severity: Severity::Error, message, hint: None })
 }
 

@@ -135,8 +135,7 @@ impl Machine {
     ) -> Result<(Self, Vec<Line>), HostError> {
         let kvm = open_kvm()?;
         let topology = topology(plan);
-        let apic_ids: Vec<u32> =
-            (0..plan.vcpus.len() as u32).map(|vcpu| topology.apic_id(vcpu)).collect();
+        let apic_ids = topology.apic_ids(plan.vcpus.len());
         limits::check(&kvm, &apic_ids)?;
         let ending = Ending::new().map_err(|e| HostError::new("eventfd", e))?;
         let vm = create_vm(&kvm)?;
