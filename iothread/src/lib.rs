@@ -58,7 +58,7 @@ pub use reply::{Answer, Blocking, Gone, Reply};
 pub use ring::{Operation, Port, Ring, RingFull};
 pub use strand::{Event, Progress, Strand};
 pub use thread::{
-    Granted, Refused, Sched, Thread, ThreadSpec, available_cpus, raise_file_limit, spawn,
-    spawn_loop,
+    Granted, Refused, Sched, Starting, Thread, ThreadSpec, available_cpus, raise_file_limit,
+    reserve_files, spawn, spawn_loop, start_thread,
 };
 pub use timer::Timer;

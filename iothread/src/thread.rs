@@ -7,8 +7,9 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::OnceLock;
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::JoinHandle;
 
 use crate::event_loop::{EventLoop, LoopHandle};
@@ -114,10 +115,33 @@ impl Thread {
 /// would cost 2 MiB at the first touch.
 const STACK: usize = 512 << 10;
 
-/// Starts a thread, which takes on what `spec` says before it runs `body`.
+/// A thread that may still be taking on what it should be.
+#[derive(Debug)]
+pub struct Starting {
+    granted: Receiver<Granted>,
+    handle: JoinHandle<()>,
+}
+
+impl Starting {
+    /// Waits until the thread is what it can be.
+    pub fn wait(self) -> io::Result<Thread> {
+        let granted = self.granted.recv().map_err(|_| io::Error::other("the new thread died"))?;
+        Ok(Thread { granted, handle: self.handle })
+    }
+}
+
+/// Starts a thread, which takes on what `spec` says before it runs `body`, and waits until it has.
 ///
 /// Refused wishes are not errors here: they are in [`Granted::refused`].
 pub fn spawn(spec: ThreadSpec, body: impl FnOnce() + Send + 'static) -> io::Result<Thread> {
+    start_thread(spec, body)?.wait()
+}
+
+/// Like [`spawn`], without the wait: for many threads at once.
+pub fn start_thread(
+    spec: ThreadSpec,
+    body: impl FnOnce() + Send + 'static,
+) -> io::Result<Starting> {
     available_cpus(); // before any thread can have narrowed them
     let (sender, receiver) = sync_channel(1);
     let builder = std::thread::Builder::new().name(spec.name.clone()).stack_size(STACK);
@@ -127,8 +151,7 @@ pub fn spawn(spec: ThreadSpec, body: impl FnOnce() + Send + 'static) -> io::Resu
             body();
         }
     })?;
-    let granted = receiver.recv().map_err(|_| io::Error::other("the new thread died"))?;
-    Ok(Thread { granted, handle })
+    Ok(Starting { granted: receiver, handle })
 }
 
 /// Starts a thread with a loop.
@@ -171,6 +194,21 @@ pub fn raise_file_limit() -> io::Result<u64> {
         }
     }
     Ok(limit.rlim_cur)
+}
+
+/// Makes room for `count` open files while the process has one thread. Later the kernel makes room
+/// as files are opened, and each time waits until no thread can be using the old table: tens of
+/// milliseconds for a thousand files.
+pub fn reserve_files(count: u64) {
+    let Ok(last) = libc::c_int::try_from(count) else { return };
+    let Ok(null) = std::fs::File::open("/dev/null") else { return };
+    // SAFETY: a new descriptor, which is nobody else's, is closed again.
+    unsafe {
+        let highest = libc::fcntl(null.as_raw_fd(), libc::F_DUPFD_CLOEXEC, last);
+        if highest >= 0 {
+            libc::close(highest);
+        }
+    }
 }
 
 /// Makes the calling thread what `spec` says, as far as the host lets it.
@@ -305,6 +343,17 @@ mod tests {
         assert_eq!(thread.granted.sched, Sched::Batch(3));
         assert_eq!(thread.granted.refused, []);
         thread.join().unwrap();
+    }
+
+    #[test]
+    fn room_for_files_is_made_at_once_and_a_wish_beyond_the_limit_does_no_harm() {
+        let limit = raise_file_limit().unwrap();
+        reserve_files(u64::MAX);
+        reserve_files(limit + 1);
+        reserve_files(900);
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let size = status.lines().find_map(|line| line.strip_prefix("FDSize:")).unwrap();
+        assert!(size.trim().parse::<u64>().unwrap() > 900, "{size}");
     }
 
     #[test]

@@ -88,7 +88,7 @@ fn iasl_reads_every_table_and_compiles_it_back() {
         distances: distances.to_vec(),
     };
     let nodes = [
-        node("0-511", &[0..2 << 30], [10, 21]),
+        node("0-511", &[Range { start: 0, end: 2 << 30 }], [10, 21]),
         node("512-1023", &[2 << 30..3 << 30, 4 << 30..5 << 30], [21, 10]),
     ];
     let large = Description { apic_ids: &many, serials: &[0, 1, 2, 3], nodes: &nodes, ..with_pci };

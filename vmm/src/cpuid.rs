@@ -40,6 +40,11 @@ impl Topology {
         thread | core << self.thread_bits() | die << self.core_bits() | socket << self.socket_bits()
     }
 
+    /// The APIC ids of this many vCPUs, ascending.
+    pub fn apic_ids(self, vcpus: usize) -> Vec<u32> {
+        (0..vcpus as u32).map(|vcpu| self.apic_id(vcpu)).collect()
+    }
+
     fn per_die(self) -> u32 {
         self.cores * self.threads
     }
@@ -72,6 +77,7 @@ fn adapt(entry: &mut kvm_cpuid_entry2, topology: Topology, apic_id: u32) {
     const X2APIC: u32 = 1 << 21;
     const TSC_DEADLINE: u32 = 1 << 24;
     const HYPERVISOR: u32 = 1 << 31;
+    const KVM_FEATURE_MSI_EXT_DEST_ID: u32 = 1 << 15;
     match entry.function {
         1 => {
             let logical = topology.per_socket().min(255);
@@ -91,6 +97,8 @@ fn adapt(entry: &mut kvm_cpuid_entry2, topology: Topology, apic_id: u32) {
                 entry.eax |= (cores - 1).min(63) << 26;
             }
         }
+        // The hypervisor's leaf: see `irq` for what it promises.
+        0x4000_0001 => entry.eax |= KVM_FEATURE_MSI_EXT_DEST_ID,
         0x8000_0008 => {
             let threads = (topology.per_socket() - 1).min(255);
             entry.ecx = threads | topology.socket_bits().min(15) << 12;
@@ -148,6 +156,15 @@ mod tests {
         let topology = Topology { dies: 1, cores: 3, threads: 2 };
         let ids: Vec<u32> = (0..8).map(|vcpu| topology.apic_id(vcpu)).collect();
         assert_eq!(ids, [0, 1, 2, 3, 4, 5, 8, 9]);
+    }
+
+    #[test]
+    fn the_hypervisor_offers_extended_destinations_beside_what_it_has() {
+        let leaf = |function| kvm_cpuid_entry2 { function, eax: 1, ..kvm_cpuid_entry2::default() };
+        let supported = CpuId::from_entries(&[leaf(0x4000_0000), leaf(0x4000_0001)]).unwrap();
+        let told = for_vcpu(&supported, Topology { dies: 1, cores: 1, threads: 1 }, 0);
+        let eax: Vec<_> = told.as_slice().iter().map(|entry| entry.eax).collect();
+        assert_eq!(eax, [1, 1 | 1 << 15]);
     }
 
     #[test]

@@ -8,6 +8,7 @@ pub mod console;
 pub mod cpuid;
 pub mod ending;
 pub mod irq;
+pub mod limits;
 pub mod machine;
 pub mod memory;
 pub mod mmio_slots;

@@ -1,8 +1,9 @@
 //! From a plan to a running machine, and back to nothing.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::*};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
 use config::plan::{self, Plan};
@@ -20,7 +21,10 @@ use devices::virtio::rng::Rng;
 use devices::virtio::seat::Placement;
 use devices::virtio::{Mem, VirtioDevice};
 use iothread::{Blocking, Counters, Granted, LoopHandle, ThreadSpec};
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_pit_config};
+use kvm_bindings::{
+    KVM_CAP_X2APIC_API, KVM_MAX_CPUID_ENTRIES, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+    KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap, kvm_pit_config,
+};
 use kvm_ioctls::{Kvm, VmFd};
 
 use crate::acpi::Description;
@@ -28,6 +32,7 @@ use crate::boot::{self, Boot, BootError};
 use crate::cpuid::{self, Topology};
 use crate::ending::Ending;
 use crate::irq::{KvmEdge, KvmIrq, KvmLine};
+use crate::limits;
 use crate::memory::{self, BARS, ECAM, GuestMemory, KVM_PAGES};
 use crate::mmio_slots::{self, MmioSlot};
 use crate::prealloc;
@@ -120,6 +125,9 @@ impl Machine {
         timing: &mut Timing,
     ) -> Result<Self, HostError> {
         let kvm = open_kvm()?;
+        let topology = topology(plan);
+        let apic_ids = topology.apic_ids(plan.vcpus.len());
+        limits::check(&kvm, &apic_ids)?;
         let vm = create_vm(&kvm)?;
         timing.lap("KVM");
         let guest_memory = memory::allocate(plan.machine.memory, plan.machine.hugepages)?;
@@ -139,13 +147,6 @@ impl Machine {
         parts.add_disks(plan)?;
         parts.add_rngs(plan)?;
         timing.lap("devices");
-        let topology = Topology {
-            dies: plan.machine.topology.dies,
-            cores: plan.machine.topology.cores,
-            threads: plan.machine.topology.threads,
-        };
-        let apic_ids: Vec<u32> =
-            (0..plan.vcpus.len() as u32).map(|vcpu| topology.apic_id(vcpu)).collect();
         let serials: Vec<usize> = plan.serials.iter().map(port_number).collect();
         let mmio = parts.mmio_slots.as_deref();
         let description = Description {
@@ -234,7 +235,8 @@ fn stop_vcpus(vcpus: Vec<Vcpu>) -> Result<(), String> {
     Ok(())
 }
 
-fn open_kvm() -> Result<Kvm, HostError> {
+/// Opens /dev/kvm.
+pub fn open_kvm() -> Result<Kvm, HostError> {
     let kvm = Kvm::new().map_err(|error| {
         let advice = match error.errno() {
             libc::ENOENT => "this host has no KVM, or its module is not loaded",
@@ -249,11 +251,29 @@ fn open_kvm() -> Result<Kvm, HostError> {
     }
 }
 
+/// What the guest is told about its CPUs.
+pub fn topology(plan: &Plan) -> Topology {
+    let plan::Topology { dies, cores, threads, .. } = plan.machine.topology;
+    Topology { dies, cores, threads }
+}
+
 fn create_vm(kvm: &Kvm) -> Result<Arc<VmFd>, HostError> {
     let step = |what: &'static str| move |error| HostError::new(format!("KVM: {what}"), error);
     let vm = kvm.create_vm().map_err(step("KVM_CREATE_VM"))?;
     vm.set_identity_map_address(KVM_PAGES).map_err(step("KVM_SET_IDENTITY_MAP_ADDR"))?;
     vm.set_tss_address(KVM_PAGES as usize + 0x1000).map_err(step("KVM_SET_TSS_ADDR"))?;
+    // Destinations of interrupts have 32 bits, and 255 of them is a CPU like any other.
+    let wide_ids = kvm_enable_cap {
+        cap: KVM_CAP_X2APIC_API,
+        args: [
+            (KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK).into(),
+            0,
+            0,
+            0,
+        ],
+        ..kvm_enable_cap::default()
+    };
+    vm.enable_cap(&wide_ids).map_err(step("KVM_CAP_X2APIC_API"))?;
     vm.create_irq_chip().map_err(step("KVM_CREATE_IRQCHIP"))?;
     let pit = kvm_pit_config { flags: kvm_bindings::KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(pit).map_err(step("KVM_CREATE_PIT2"))?;
@@ -401,27 +421,65 @@ impl<'a> Parts<'a> {
         let supported = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(step("KVM_GET_SUPPORTED_CPUID"))?;
-        let mut vcpus = Vec::new();
-        let mut starts = Vec::new();
-        for (nth, (vcpu, apic_id)) in plan.vcpus.iter().zip(apic_ids).enumerate() {
-            let fd = self.vm.create_vcpu(u64::from(*apic_id)).map_err(step("KVM_CREATE_VCPU"))?;
-            let cpuid = cpuid::for_vcpu(&supported, topology, *apic_id);
-            fd.set_cpuid2(&cpuid).map_err(step("KVM_SET_CPUID2"))?;
-            if nth == 0 {
-                entry.enter(&fd).map_err(step("KVM_SET_SREGS"))?;
-            }
-            let (start, wait): (Sender<()>, Receiver<()>) = channel();
+        let supported = Arc::new(supported);
+        let mut starts: Vec<Sender<()>> = Vec::new();
+        let mut start = |nth: usize| {
+            let (vcpu, apic_id) = (&plan.vcpus[nth], apic_ids[nth]);
+            let (start, wait) = channel();
+            starts.push(start);
             let spec = ThreadSpec {
                 name: format!("vcpu{nth}"),
                 cpus: vcpu.cpus.as_ref().map(cpu_ids),
                 sched: sched(vcpu.sched),
             };
-            let vcpu = Vcpu::spawn(spec, fd, Arc::clone(shared), wait)
-                .map_err(|error| HostError::new(format!("vcpu{nth}"), error))?;
-            self.fallbacks.extend(refusals(&format!("vcpu{nth}"), &vcpu.thread.granted));
-            vcpus.push(vcpu);
-            starts.push(start);
+            let (vm, supported) = (Arc::clone(&self.vm), Arc::clone(&supported));
+            let make = move || {
+                let fd = vm.create_vcpu(apic_id.into()).map_err(ioctl("KVM_CREATE_VCPU"))?;
+                let cpuid = cpuid::for_vcpu(&supported, topology, apic_id);
+                fd.set_cpuid2(&cpuid).map_err(ioctl("KVM_SET_CPUID2"))?;
+                if nth == 0 {
+                    entry.enter(&fd).map_err(ioctl("KVM_SET_SREGS"))?;
+                }
+                Ok(fd)
+            };
+            Vcpu::start(spec, make, Arc::clone(shared), wait).map_err(|error| {
+                let limits = "see ulimit -u, and pids.max of its cgroup";
+                io::Error::other(format!("its thread cannot be started: {error}; {limits}"))
+            })
+        };
+        // Until a CPU is in x2APIC mode, KVM knows it by the low 8 bits of its id, and of several
+        // with the same bits by the first that was made: those with small ids are made first.
+        let small = apic_ids.partition_point(|&id| id <= 0xff);
+        let mut made: Vec<io::Result<Vcpu>> = Vec::new();
+        for batch in [0..small, small..apic_ids.len()] {
+            let starting: Vec<_> = batch.map(&mut start).collect();
+            made.extend(starting.into_iter().map(|it| it.and_then(vcpu::Starting::wait)));
         }
-        Ok((starts, vcpus))
+        let mut vcpus = Vec::new();
+        let mut failed = None;
+        for (nth, made) in made.into_iter().enumerate() {
+            match made {
+                Ok(vcpu) => {
+                    self.fallbacks.extend(refusals(&format!("vcpu{nth}"), &vcpu.thread.granted));
+                    vcpus.push(vcpu);
+                }
+                Err(error) => failed = failed.or(Some(HostError::new(format!("vcpu{nth}"), error))),
+            }
+        }
+        match failed {
+            None => Ok((starts, vcpus)),
+            Some(error) => {
+                // What starts now must not run.
+                shared.stop.store(true, Release);
+                drop(starts);
+                let _ = stop_vcpus(vcpus);
+                Err(error)
+            }
+        }
     }
+}
+
+/// Says which request to KVM failed.
+fn ioctl(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> io::Error {
+    move |error| io::Error::other(format!("{what}: {error}"))
 }

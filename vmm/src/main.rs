@@ -9,7 +9,7 @@ use clap::Parser;
 use config::plan::Plan;
 use config::{Diagnostics, Host, Problem, Severity};
 use vmm::cli::{Check, Cli, Command, Explain};
-use vmm::{bench, boot, run};
+use vmm::{bench, boot, limits, run};
 
 /// Exit codes of commands that run no machine; those of a machine are in `vmm::ending`.
 const INTERNAL: u8 = 1;
@@ -84,7 +84,8 @@ fn check(options: &Check) -> u8 {
     if options.host {
         match Host::live() {
             Ok(host) => {
-                problems = config::check_host(&loaded.plan, &host);
+                problems.extend(limits::problem(&loaded.plan));
+                problems.extend(config::check_host(&loaded.plan, &host));
                 problems.extend(bad_kernel(&loaded.plan, &problems));
             }
             Err(error) => {

@@ -89,6 +89,7 @@ fn run_plan(options: &Run, loaded: &Loaded, mut timing: Timing) -> Result<u8, Ho
     // Before any thread, so that all of them have these signals blocked.
     let signals = Signals::take().map_err(|error| HostError::new("signals", error))?;
     iothread::raise_file_limit().map_err(|error| HostError::new("open files", error))?;
+    iothread::reserve_files(doubts.fds);
     timing.lap("host");
     let ending = Ending::new().map_err(|error| HostError::new("eventfd", error))?;
     let resources = Resources::take(plan)?;
@@ -201,23 +202,29 @@ fn end_on_panic(ending: Ending) {
 }
 
 /// What the plan's own policy says about doubtful placements, before anything is built.
-struct Doubts(Vec<config::Problem>);
+struct Doubts {
+    problems: Vec<config::Problem>,
+    /// Files the machine is going to open.
+    fds: u64,
+}
 
 impl Doubts {
     fn of(plan: &Plan) -> Result<Self, HostError> {
         // A host whose topology cannot be read still runs machines.
-        let Ok(host) = Host::live() else { return Ok(Self(Vec::new())) };
-        let doubts = config::explain(plan, &host).warnings;
-        match doubts.iter().find(|doubt| doubt.severity == Severity::Error) {
+        let Ok(host) = Host::live() else { return Ok(Self { problems: Vec::new(), fds: 0 }) };
+        let explanation = config::explain(plan, &host);
+        let fds = explanation.fds();
+        let problems = explanation.warnings;
+        match problems.iter().find(|doubt| doubt.severity == Severity::Error) {
             Some(doubt) => Err(HostError::new(doubt.code, &doubt.message)),
-            None => Ok(Self(doubts)),
+            None => Ok(Self { problems, fds }),
         }
     }
 
     fn say(&self) {
         // CPUs, nodes and priorities that cannot be had are said later, with what there is instead.
         let said_later = ["W07", "W08", "W09", "W20", "W25"];
-        for doubt in self.0.iter().filter(|doubt| !said_later.contains(&doubt.code)) {
+        for doubt in self.problems.iter().filter(|doubt| !said_later.contains(&doubt.code)) {
             eprintln!("heddle: warning[{}]: {}", doubt.code, doubt.message);
         }
     }

@@ -64,25 +64,30 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    /// Starts the thread; the guest runs as soon as `start` says so by being dropped.
-    pub fn spawn(
+    /// Starts the thread, which makes its own vCPU, on its own CPUs and node; the guest runs as
+    /// soon as `start` says so by being dropped.
+    pub fn start(
         spec: ThreadSpec,
-        fd: VcpuFd,
+        make: impl FnOnce() -> io::Result<VcpuFd> + Send + 'static,
         shared: Arc<Shared>,
         start: Receiver<()>,
-    ) -> io::Result<Self> {
-        let (sender, receiver) = sync_channel(1);
+    ) -> io::Result<Starting> {
+        let (sender, made) = sync_channel(1);
         let (living, alive) = sync_channel(1);
-        let thread = iothread::spawn(spec, move || {
+        let thread = iothread::start_thread(spec, move || {
             let _living: SyncSender<()> = living;
             let vcpu_loop = VcpuLoop::enter();
-            let sent = sender.send(Arc::clone(vcpu_loop.counters()));
-            if sent.is_ok() && start.recv().is_err() {
-                run(fd, vcpu_loop, &shared);
+            match make() {
+                Ok(fd) => {
+                    let sent = sender.send(Ok(Arc::clone(vcpu_loop.counters())));
+                    if sent.is_ok() && start.recv().is_err() {
+                        run(fd, vcpu_loop, &shared);
+                    }
+                }
+                Err(error) => drop(sender.send(Err(error))),
             }
         })?;
-        let counters = receiver.recv().map_err(|_| io::Error::other("a vCPU thread died"))?;
-        Ok(Self { thread, counters, alive })
+        Ok(Starting { thread, made, alive })
     }
 
     /// Waits for the end of its thread; false: `deadline` came first.
@@ -96,6 +101,23 @@ impl Vcpu {
         let (pid, tid) = (std::process::id() as libc::pid_t, self.thread.granted.tid);
         // SAFETY: signals a thread of this process; if it has ended, the call fails.
         unsafe { libc::syscall(libc::SYS_tgkill, pid, tid as libc::pid_t, SIGRTMIN()) };
+    }
+}
+
+/// A vCPU whose thread may still be making it.
+#[derive(Debug)]
+pub struct Starting {
+    thread: iothread::Starting,
+    made: Receiver<io::Result<Arc<Counters>>>,
+    alive: Receiver<()>,
+}
+
+impl Starting {
+    /// Waits until it is made.
+    pub fn wait(self) -> io::Result<Vcpu> {
+        let thread = self.thread.wait()?;
+        let counters = self.made.recv().map_err(|_| io::Error::other("its thread died"))??;
+        Ok(Vcpu { thread, counters, alive: self.alive })
     }
 }
 

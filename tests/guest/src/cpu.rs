@@ -85,6 +85,16 @@ impl Cpu {
         self.counts[usize::from(vector)].load(Ordering::Relaxed)
     }
 
+    /// Whether only the extended bits of a message's destination reach this CPU.
+    pub fn is_far(&self) -> bool {
+        self.apic_id.load(Ordering::Relaxed) > 0xff
+    }
+
+    /// Whether a queue of a device has interrupted this CPU.
+    pub fn got_message(&self) -> bool {
+        (VECTOR_QUEUES..VECTOR_QUEUES + VECTOR_COUNT as u8).any(|v| self.count(v) > 0)
+    }
+
     /// Interrupts of vectors nobody asked for. `lines`: there are interrupt lines.
     pub fn strays(&self, lines: bool) -> u64 {
         (0x20..0xff)

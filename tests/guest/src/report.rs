@@ -124,6 +124,14 @@ pub struct Outcome<'a> {
     pub work: u64,
 }
 
+impl Outcome<'_> {
+    /// How many CPUs have APIC ids above 255, and how many of those a device has interrupted.
+    fn far_cpus(&self) -> (usize, usize) {
+        let far = || self.cpus.iter().filter(|cpu| cpu.is_far());
+        (far().count(), far().filter(|cpu| cpu.got_message()).count())
+    }
+}
+
 pub fn outcome(console: &mut Console, outcome: &Outcome) {
     if !outcome.options.quiet {
         for (disk, lanes) in &outcome.disks {
@@ -143,6 +151,10 @@ pub fn outcome(console: &mut Console, outcome: &Outcome) {
         }
         if outcome.disks.is_empty() && outcome.rngs.is_empty() {
             say!(console, "no virtio disk and no rng: only the CPUs were tried");
+        }
+        let (far, interrupted) = outcome.far_cpus();
+        if far > 0 {
+            say!(console, "{far} CPUs have APIC ids above 255, devices interrupted {interrupted}");
         }
         let millis = |ticks| outcome.clock.micros(ticks) / 1000;
         let (setup, work) = (millis(outcome.setup), millis(outcome.work));
@@ -236,6 +248,9 @@ fn json(console: &mut Console, outcome: &Outcome, reason: Option<&str>) {
         opening(json, reason);
         json.key("vcpus").number(outcome.cpus.len() as u64);
         json.key("x2apic").bool(outcome.x2apic);
+        let (far, interrupted) = outcome.far_cpus();
+        json.key("cpus_above_255").number(far as u64);
+        json.key("cpus_above_255_interrupted").number(interrupted as u64);
         match outcome.ecam {
             Some(ecam) => json.key("ecam").number(ecam.base),
             None => json.key("ecam").null(),
