@@ -31,7 +31,8 @@ private() {
 }
 
 histogram() {
-    echo "hist:keys=$2" >$events/$1/trigger
+    echo "hist:keys=$2" >/tmp/$1
+    cat /tmp/$1 >$events/$1/trigger
 }
 
 if [ $TRACE = yes ]; then
@@ -56,7 +57,8 @@ while read -r line; do
         if [ $TRACE = yes ]; then
             for event in kvm_pio kvm_mmio kvm_exit kvm_userspace_exit kvm_msr; do
                 cat $events/$event/hist >$event
-                echo '!'$(grep -v '^#' $events/$event/trigger | head -n 1) >$events/$event/trigger
+                read -r keys </tmp/$event
+                echo "!$keys" >$events/$event/trigger
             done
         fi
         ;;
@@ -66,5 +68,6 @@ while read -r line; do
     [ "$2" = "$STOP" ] && kill $heddle
 done </tmp/console.$$
 wait $heddle
-[ -n "$STOP" ] || exit $?
-exit 0
+code=$?
+[ -n "$STOP" ] && exit 0
+exit $code
