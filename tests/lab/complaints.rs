@@ -28,6 +28,9 @@ const WORDS: [&str; 9] = [
     "not found",
 ];
 
+/// What an emulated CPU on a busy machine makes the kernel say, here or there.
+const SLOWNESS: [&str; 2] = ["hrtimer: interrupt took", "rcu_preempt self-detected stall"];
+
 /// The complaints in the raw log of a kernel (`dmesg -r`), in their order, without time stamps.
 fn complaints(log: &str) -> Vec<String> {
     let mut found = Vec::new();
@@ -39,6 +42,9 @@ fn complaints(log: &str) -> Vec<String> {
         // Facility and level; only what the kernel itself says.
         let Ok(level @ 0..8) = level.parse::<u8>() else { continue };
         let text = rest.split_once("] ").map_or(rest, |(_, text)| text).trim();
+        if SLOWNESS.iter().any(|words| text.contains(words)) {
+            continue;
+        }
         if level <= WARNING || WORDS.iter().any(|word| text.contains(word)) {
             found.push(text.to_owned());
         }
@@ -133,7 +139,8 @@ mod tests {
     fn complaints_are_warnings_and_what_sounds_like_one() {
         let log = "<6>[    0.1] ACPI: all is well\n<4>[    0.2] ACPI BIOS Warning (bug): x\n\
                    <6>[    0.3] pci 0000:00:01.0: can't claim BAR 0 [mem 0xc0]\n\
-                   <12>[    0.4] systemd: told by a program\n<3>[    1.2] oh\nno level\n";
+                   <12>[    0.4] systemd: told by a program\n<3>[    1.2] oh\nno level\n\
+                   <4>[    2.0] hrtimer: interrupt took 5 ns\n";
         let expected =
             ["ACPI BIOS Warning (bug): x", "pci 0000:00:01.0: can't claim BAR 0 [mem 0xc0]", "oh"];
         assert_eq!(complaints(log), expected);

@@ -16,7 +16,12 @@ pub const INITRD: &str = "/lab/initrd";
 /// The guest's command line.
 pub fn cmdline(what: &str, end: &str, more: &str) -> String {
     let line = "console=ttyS0 quiet panic=-1 mitigations=off";
-    format!("{line} LAB_DO={what} LAB_END={end} {more}").trim_end().to_owned()
+    // An emulated CPU on a busy machine may stand still for long; a guest that does is timed out.
+    let patience = match what {
+        "check" => " rcupdate.rcu_cpu_stall_suppress=1 nosoftlockup",
+        _ => "",
+    };
+    format!("{line}{patience} LAB_DO={what} LAB_END={end} {more}").trim_end().to_owned()
 }
 
 /// Makes a disk with an ext4 that has one file, `source`, of `mib` MiB, and room for a copy of it.

@@ -8,7 +8,6 @@ mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t debugfs debug /sys/kernel/debug
 mount -t tracefs trace /sys/kernel/tracing
-mount -t tmpfs tmp /tmp
 ln -s /proc/self/fd /dev/fd
 exec 9>/dev/ttyS1
 

@@ -9,6 +9,8 @@ count() {
     for name in exits host_state_reload io_exits mmio_exits halt_exits irq_exits irq_injections; do
         read -r value <$kvm/$name && echo "$1 $name $value"
     done
+    # What the threads of heddle were given to do. host_state_reload also counts when a vCPU sleeps.
+    awk -v when=$1 '/Hits:/ { print when, "userspace", $2 }' $events/kvm_userspace_exit/hist
 }
 
 # Nanoseconds; with -icount each is an instruction, or the wait for a timer while L1 is idle.
@@ -31,16 +33,22 @@ private() {
 }
 
 histogram() {
-    echo "hist:keys=$2" >$events/$1/trigger
+    echo "hist:keys=$2" >/tmp/$1
+    cat /tmp/$1 >$events/$1/trigger
+}
+
+no_histogram() {
+    read -r keys </tmp/$1
+    echo "!$keys" >$events/$1/trigger
 }
 
 if [ $TRACE = yes ]; then
     histogram kvm_pio rw,port.hex
     histogram kvm_mmio type,gpa.hex
     histogram kvm_exit exit_reason.hex
-    histogram kvm_userspace_exit reason
     histogram kvm_msr write,ecx.hex
 fi
+histogram kvm_userspace_exit reason
 mkfifo /tmp/console.$$
 clock start >counts
 /lab/heddle run vm.toml --timeout 400s >/tmp/console.$$ 2>stderr.txt </dev/null &
@@ -54,10 +62,11 @@ while read -r line; do
     ready)
         count ready
         if [ $TRACE = yes ]; then
-            for event in kvm_pio kvm_mmio kvm_exit kvm_userspace_exit kvm_msr; do
+            for event in kvm_pio kvm_mmio kvm_exit kvm_msr; do
                 cat $events/$event/hist >$event
-                echo '!'$(grep -v '^#' $events/$event/trigger | head -n 1) >$events/$event/trigger
+                no_histogram $event
             done
+            cat $events/kvm_userspace_exit/hist >kvm_userspace_exit
         fi
         ;;
     idle) private ;;
@@ -66,5 +75,7 @@ while read -r line; do
     [ "$2" = "$STOP" ] && kill $heddle
 done </tmp/console.$$
 wait $heddle
-[ -n "$STOP" ] || exit $?
-exit 0
+code=$?
+no_histogram kvm_userspace_exit
+[ -n "$STOP" ] && exit 0
+exit $code
