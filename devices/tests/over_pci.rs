@@ -8,5 +8,7 @@ const VIA: Via = Via::Pci;
 mod blk;
 #[path = "suite/corners.rs"]
 mod corners;
+#[path = "suite/noise.rs"]
+mod noise;
 #[path = "suite/placements.rs"]
 mod placements;

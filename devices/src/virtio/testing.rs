@@ -323,6 +323,18 @@ impl Plugged {
         self.set([pci_registers::QUEUE_ENABLE, mmio_registers::QUEUE_READY], 1, 2);
     }
 
+    /// Reads `data.len()` bytes at `offset` in the registers, whatever is there.
+    pub fn peek(&self, offset: u64, data: &mut [u8], exit: &mut ExitCx<'_>) {
+        self.bus.read(self.base + offset, data, exit);
+    }
+
+    /// Writes `data` at `offset` in the registers, whatever is there.
+    pub fn poke(&self, offset: u64, data: &[u8], exit: &mut ExitCx<'_>) {
+        if !self.doorbells.ring(self.base + offset, data) {
+            self.bus.write(self.base + offset, data, exit);
+        }
+    }
+
     /// Where a kick of `queue` goes, and what it says.
     fn kick(&self, queue: u16) -> (u64, [u8; 4]) {
         let pci = pci_registers::NOTIFY + 4 * u64::from(queue);

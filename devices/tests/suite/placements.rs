@@ -215,6 +215,38 @@ fn vcpus_that_kick_one_queue_at_once_lose_nothing() {
     });
 }
 
+#[test]
+fn a_kick_rings_the_doorbell_of_its_queue_at_a_loop_and_takes_an_exit_at_a_vcpu() {
+    let home = TestLoop::new("io0", PollPolicy::OFF);
+    let blocking = Blocking::on_this_thread().unwrap();
+    for (placement, rings) in placements(&home.handle).into_iter().zip([true, false]) {
+        let blk = disk(&image(), Engine::Sync, 3);
+        let mut rig = Rig::new(VIA, blk, placement, memory(MEMORY));
+        rig.start(64, F_VERSION_1);
+        (0..3).for_each(|_| home.handle.barrier().wait(&blocking).unwrap());
+        let Rig { transport, mut queues, mem, .. } = rig;
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut vcpu = VcpuLoop::enter();
+                for queue in [2, 0, 1] {
+                    for (slot, ring) in queues.iter_mut().enumerate() {
+                        assert!(add(&mem, ring, slot as u64, IN, 0));
+                    }
+                    assert_eq!(transport.ring(queue, &mut vcpu.exit()), rings);
+                    collect(&mut queues[usize::from(queue)], 1);
+                    for (nth, ring) in (0..).zip(&mut queues) {
+                        assert_eq!(ring.take_used(), None, "queue {nth}, kicked was {queue}");
+                        if nth != queue {
+                            transport.notify(nth, &mut vcpu.exit());
+                            collect(ring, 1);
+                        }
+                    }
+                }
+            });
+        });
+    }
+}
+
 /// Resets and waits until that is over; true: it had to wait.
 fn stop(transport: &Plugged) -> bool {
     transport.set_status(0);

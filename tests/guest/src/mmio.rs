@@ -80,8 +80,8 @@ impl Device {
         self.page.read32(DEVICE_ID) as u16
     }
 
-    pub fn open(&self) -> Result<impl Registers + use<>, String> {
-        Ok(Page { page: self.page, line: self.slot.line, io_apic: self.io_apic })
+    pub fn open(&self) -> impl Registers + use<> {
+        Page { page: self.page, line: self.slot.line, io_apic: self.io_apic }
     }
 }
 

@@ -81,6 +81,10 @@ pub fn run(
         return Err(format!("{distinct} different values in {bytes} bytes"));
     }
     waiter.expect_interrupt(vector, before)?;
+    waiter.acknowledge(&transport);
+    if waiter.causes == Some(0) {
+        return Err("interrupts came, and the device told no cause".into());
+    }
     transport.check()?;
     transport.reset()?;
     Ok(Rng {

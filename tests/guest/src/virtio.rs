@@ -252,7 +252,7 @@ impl Transport {
     pub fn open(found: &Found) -> Result<Self, String> {
         let registers: Box<dyn Registers> = match found {
             Found::Pci(function) => Box::new(PciRegisters::open(function)?),
-            Found::Mmio(device) => Box::new(device.open()?),
+            Found::Mmio(device) => Box::new(device.open()),
         };
         let transport = Transport { registers };
         transport.reset()?;

@@ -29,12 +29,14 @@ pub struct Waiter<'a> {
     before: u64,
     /// Timer ticks seen when the timer was armed, while it is.
     armed: Option<u64>,
+    /// What the interrupts so far were for, where the transport tells it.
+    pub causes: Option<u32>,
 }
 
 impl<'a> Waiter<'a> {
     pub fn new(cpu: &'a Cpu, clock: Clock, watchdog_seconds: u64) -> Self {
         let patience = watchdog_seconds.saturating_mul(1_000_000);
-        Waiter { cpu, clock, patience, nap: NAP_MICROS[0], before: 0, armed: None }
+        Waiter { cpu, clock, patience, nap: NAP_MICROS[0], before: 0, armed: None, causes: None }
     }
 
     /// Says how the next completions shall be told; to be called before the kick, so that even
@@ -100,9 +102,16 @@ impl<'a> Waiter<'a> {
         }
         ring.want_quiet();
         if slept {
-            transport.acknowledge();
+            self.acknowledge(transport);
         }
         Ok(())
+    }
+
+    /// Takes note of an interrupt.
+    pub fn acknowledge(&mut self, transport: &Transport) {
+        if let Some(causes) = transport.acknowledge() {
+            self.causes = Some(causes | self.causes.unwrap_or(0));
+        }
     }
 
     /// Halts until an interrupt, unless the ring moved. True if the timer ticked.
