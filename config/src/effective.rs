@@ -27,9 +27,10 @@ fn write(out: &mut String, plan: &Plan) -> std::fmt::Result {
     writeln!(out, "\n[machine]")?;
     writeln!(
         out,
-        "memory = {{ size = \"{}\"{}{} }}",
+        "memory = {{ size = \"{}\"{}, shared = {}{} }}",
         format_size(machine.memory),
         hugepages.unwrap_or_default(),
+        machine.shared,
         machine.prealloc.map(prealloc).unwrap_or_default()
     )?;
     writeln!(

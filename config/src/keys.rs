@@ -149,7 +149,8 @@ static MEMORY: Table = table(&[
         Says("the sum of [[numa]], or \"256M\""),
         "How much; a multiple of 2M, or of the huge pages.",
     ),
-    key("hugepages", Words(&["2M", "1G"]), Absent, "Back it with huge pages of this size."),
+    key("hugepages", Words(&["2M", "1G"]), Absent, "Take it from the host's pool of huge pages."),
+    key("shared", Bool, Value("false"), "Keep it in a memfd, which can be given to others."),
     key(
         "prealloc",
         Either(&[Bool, Shape::Table(&PREALLOC)]),

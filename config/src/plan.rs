@@ -45,6 +45,8 @@ pub struct Machine {
     pub memory: u64,
     /// Size of the huge pages that back guest memory; `None`: ordinary pages.
     pub hugepages: Option<u64>,
+    /// In a memfd, which can be given to others; huge pages always are.
+    pub shared: bool,
     /// Touch all of it before the guest starts?
     pub prealloc: Option<Prealloc>,
     /// What the guest is told about its CPUs. `sockets * dies * cores * threads == vcpus.len()`.

@@ -14,7 +14,7 @@ use vmm::memory;
 const MEMORY: u64 = 64 << 20;
 
 static RAM: LazyLock<std::sync::Arc<GuestMemoryMmap>> =
-    LazyLock::new(|| memory::allocate(MEMORY, None).expect("64 MiB"));
+    LazyLock::new(|| memory::allocate(MEMORY, memory::Backing::Shared).expect("64 MiB"));
 
 fuzz_target!(|input: &[u8]| {
     let [protocol, modules, kernel @ ..] = input else { return };

@@ -22,12 +22,14 @@ clock() {
     echo "$1 idle-s $idle"
 }
 
+# Guest memory is the one mapping of this size.
 private() {
-    awk '/^[0-9a-f]+-[0-9a-f]+ / { guest = /heddle-guest/ }
+    awk '/^Size:/ { guest = $2 >= 262144 }
          /^Private_/ && !guest { kib += $2 }
          END { print "idle private-kib " kib }' /proc/$heddle/smaps
     # The largest ones, for people.
-    awk '/^[0-9a-f]+-[0-9a-f]+ / { guest = /heddle-guest/; name = $1 " " $2 " " $6 }
+    awk '/^[0-9a-f]+-[0-9a-f]+ / { name = $1 " " $2 " " $6 }
+         /^Size:/ { guest = $2 >= 262144 }
          /^Private_/ && !guest && $2 > 64 { print $2, $1, name }' /proc/$heddle/smaps |
         sort -rn >smaps
 }

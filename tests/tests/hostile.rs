@@ -191,7 +191,7 @@ fn a_disk_that_shrinks_fails_the_guest_and_heddle_tells() {
 
 /// Loads kernels into 64 MiB of guest memory, which never takes long.
 fn loader() -> impl Fn(&[u8]) -> Result<Entry, BootError> {
-    let memory = memory::allocate(64 << 20, None).unwrap();
+    let memory = memory::allocate(64 << 20, memory::Backing::Shared).unwrap();
     move |bytes| {
         let began = Instant::now();
         let kernel = Source::Bytes("kernel", bytes);

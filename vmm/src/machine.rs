@@ -33,7 +33,7 @@ use crate::cpuid::{self, Topology};
 use crate::ending::Ending;
 use crate::irq::{KvmEdge, KvmIrq, KvmLine};
 use crate::limits;
-use crate::memory::{self, BARS, ECAM, GuestMemory, KVM_PAGES};
+use crate::memory::{self, BARS, Backing, ECAM, GuestMemory, KVM_PAGES};
 use crate::mmio_slots::{self, MmioSlot};
 use crate::prealloc;
 use crate::resources::{Fallback, Resources, cpu_ids, join, refusals, sched};
@@ -130,7 +130,7 @@ impl Machine {
         limits::check(&kvm, &apic_ids)?;
         let vm = create_vm(&kvm)?;
         timing.lap("KVM");
-        let guest_memory = memory::allocate(plan.machine.memory, plan.machine.hugepages)?;
+        let guest_memory = memory::allocate(plan.machine.memory, Backing::of(&plan.machine))?;
         let memory = guest_memory.mem();
         let mut memory_fallbacks = memory::bind(memory, plan);
         timing.lap("guest memory");
@@ -190,6 +190,11 @@ impl Machine {
     /// Lets the guest run.
     pub fn start(&mut self) {
         self.start.clear();
+    }
+
+    /// Where guest memory is in this process.
+    pub fn memory_addresses(&self) -> Vec<std::ops::Range<usize>> {
+        self.memory.addresses()
     }
 
     /// The vCPU threads.

@@ -17,7 +17,7 @@ use config::prealloc::{self, Toucher, touchers};
 use config::{CpuSet, Host};
 use devices::virtio::Mem;
 use iothread::{Granted, Sched, Thread, ThreadSpec};
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::machine::HostError;
 use crate::memory::{guest_ranges, host_slice};
@@ -247,13 +247,22 @@ fn populate(memory: &Mem, range: Range<u64>) -> io::Result<()> {
     }
 }
 
-/// Has the kernel put pages into the file behind a guest-physical range, under the memory policy
-/// that was set for it. Unlike touching with a store, this cannot end in a SIGBUS; the first
-/// access then only maps what is there.
+/// Has the kernel put pages behind a guest-physical range, under the memory policy that was set for
+/// it. For a file, unlike touching with a store, this cannot end in a SIGBUS; the first access then
+/// only maps what is there.
 fn reserve(memory: &Mem, range: Range<u64>) -> io::Result<()> {
     let region = memory.find_region(GuestAddress(range.start));
-    let file = region.and_then(|region| Some((region.file_offset()?, region.start_addr().0)));
-    let (file, start) = file.ok_or_else(|| io::Error::other("memory without a file"))?;
+    let region = region.ok_or_else(|| io::Error::other("no memory there"))?;
+    let start = region.start_addr().0;
+    let Some(file) = region.file_offset() else {
+        for page in range.step_by(4096) {
+            // A change of nothing, but a write: nothing else runs in this memory yet.
+            let at = GuestAddress(page);
+            let byte = memory.load::<u8>(at, Relaxed).map_err(io::Error::other)?;
+            memory.store(byte, at, Relaxed).map_err(io::Error::other)?;
+        }
+        return Ok(());
+    };
     let offset = file.start() + (range.start - start);
     let size = range.end - range.start;
     loop {
@@ -273,11 +282,9 @@ fn reserve(memory: &Mem, range: Range<u64>) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::Bytes;
-
     use super::*;
     use crate::memory::tests::{plan, smaps};
-    use crate::memory::{HIGH_RAM, LOW_RAM_END, allocate};
+    use crate::memory::{Backing, HIGH_RAM, LOW_RAM_END, allocate};
 
     /// KiB of each region that are there.
     fn resident(memory: &Mem) -> Vec<u64> {
@@ -291,7 +298,7 @@ mod tests {
     #[test]
     fn all_of_it_is_there_after_it_was_touched_by_the_threads_of_the_plan() {
         let plan = plan("[machine.memory]\nsize = \"24M\"\nprealloc = { threads = 3 }");
-        let memory = allocate(24 << 20, None).unwrap();
+        let memory = allocate(24 << 20, Backing::Shared).unwrap();
         assert_eq!(resident(memory.mem()), [0]);
         let touched = touch(memory.mem(), &plan).unwrap();
         assert_eq!(resident(memory.mem()), [24 << 10]);
@@ -303,14 +310,14 @@ mod tests {
 
     #[test]
     fn nothing_is_touched_unless_it_is_wanted() {
-        let memory = allocate(4 << 20, None).unwrap();
+        let memory = allocate(4 << 20, Backing::Shared).unwrap();
         let touched = touch(memory.mem(), &plan("[machine]\nmemory = \"4M\"")).unwrap();
         assert_eq!((touched.threads.len(), resident(memory.mem())), (0, vec![0]));
     }
 
     #[test]
     fn a_chunk_may_lie_on_both_sides_of_the_hole_and_contents_stay() {
-        let memory = allocate(LOW_RAM_END + (8 << 20), None).unwrap();
+        let memory = allocate(LOW_RAM_END + (8 << 20), Backing::Shared).unwrap();
         let memory = memory.mem();
         memory.write_obj(0x1234_5678u32, GuestAddress(HIGH_RAM + 8)).unwrap();
         let shared = Shared::default();
@@ -328,7 +335,7 @@ mod tests {
     #[test]
     fn old_kernels_reserve_the_same_pages() {
         use std::os::unix::fs::MetadataExt;
-        let memory = allocate(LOW_RAM_END + (8 << 20), None).unwrap();
+        let memory = allocate(LOW_RAM_END + (8 << 20), Backing::Shared).unwrap();
         let memory = memory.mem();
         memory.write_obj(7u8, GuestAddress(HIGH_RAM + (2 << 20))).unwrap();
         let blocks = || {
@@ -353,7 +360,8 @@ mod tests {
             [[numa]]\nmemory = \"4M\"\nhost-node = 0";
         let plan = plan(text);
         // As where the kernel promised pages of any node: without that, mapping succeeds.
-        let memory = crate::memory::map(6 << 20, Some(2 << 20), libc::MAP_NORESERVE).unwrap();
+        let memory =
+            crate::memory::map(6 << 20, Backing::Huge(2 << 20), libc::MAP_NORESERVE).unwrap();
         let error = touch(memory.mem(), &plan).unwrap_err().to_string();
         assert!(error.starts_with("machine.memory.hugepages: "), "{error}");
         assert!(error.contains("ran out of huge pages of 2 MiB after "), "{error}");

@@ -126,7 +126,7 @@ fn run_plan(options: &Run, loaded: &Loaded, mut timing: Timing) -> Result<u8, Ho
     let reads = raw.is_some() || !std::io::stdin().is_terminal();
     let interaction = (reads, raw.is_some());
     let mut supervisor = Supervisor::new(lines, signals, &ending, interaction, options.timeout);
-    let timing = timing.report();
+    let timing = timing.report(&machine.memory_addresses());
     end_on_panic(ending.clone());
     let mut resets = 0;
     let (end, threads, prealloc, stopped) = loop {

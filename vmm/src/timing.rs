@@ -1,6 +1,7 @@
 //! Where the time of a start goes, and what memory heddle itself takes.
 
 use std::fs;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -26,13 +27,13 @@ impl Timing {
         self.last = now;
     }
 
-    /// The result so far.
-    pub fn report(&self) -> TimingReport {
+    /// The result so far. Guest memory, at these addresses, does not count as heddle's.
+    pub fn report(&self, guest: &[Range<usize>]) -> TimingReport {
         let ms = |time: Duration| time.as_secs_f64() * 1000.0;
         TimingReport {
             laps_ms: self.laps.iter().map(|(what, time)| (*what, ms(*time))).collect(),
             total_ms: ms(self.laps.iter().map(|(_, time)| *time).sum()),
-            private_kib: private_memory().unwrap_or(0) / 1024,
+            private_kib: private_memory(guest).unwrap_or(0) / 1024,
         }
     }
 }
@@ -62,17 +63,18 @@ impl TimingReport {
     }
 }
 
-/// Private bytes of this process, without the mappings of guest memory.
-fn private_memory() -> Option<u64> {
+/// Private bytes of this process, without the mappings at `guest`, which are guest memory.
+fn private_memory(guest: &[Range<usize>]) -> Option<u64> {
     let maps = fs::read_to_string("/proc/self/smaps").ok()?;
-    let mut guest = false;
+    let mut counts = true;
     let mut kib = 0;
     for line in maps.lines() {
         let mut words = line.split_whitespace();
         let first = words.next()?;
         if !first.ends_with(':') {
-            guest = line.contains("memfd:heddle-guest");
-        } else if !guest && first.starts_with("Private_") {
+            let start = first.split('-').next().and_then(|hex| usize::from_str_radix(hex, 16).ok());
+            counts = !start.is_some_and(|start| guest.iter().any(|range| range.contains(&start)));
+        } else if counts && first.starts_with("Private_") {
             kib += words.next()?.parse::<u64>().ok()?;
         }
     }

@@ -58,7 +58,7 @@ mod tests {
 
     #[test]
     fn the_boot_data_ends_at_1_mib() {
-        let memory = crate::memory::allocate(2 << 20, None).unwrap();
+        let memory = crate::memory::allocate(2 << 20, crate::memory::Backing::Shared).unwrap();
         let mut handover = Handover::new(&memory);
         assert_eq!(handover.put_text("a", "abc").unwrap(), 0xe_0000);
         assert_eq!(handover.put("b", &[7], 4096).unwrap(), 0xe_1000);

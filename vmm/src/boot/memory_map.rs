@@ -159,7 +159,7 @@ mod tests {
     #[test]
     fn the_plan_and_the_memory_itself_say_the_same() {
         for size in [2 * MIB, LOW_RAM_END, LOW_RAM_END + 2 * MIB] {
-            let memory = crate::memory::allocate(size, None).unwrap();
+            let memory = crate::memory::allocate(size, crate::memory::Backing::Shared).unwrap();
             assert_eq!(Ram::of(&memory).end, Ram::with_size(size).end);
         }
     }

@@ -135,14 +135,14 @@ fn boot<'a>(protocol: Protocol, file: &'a [u8], modules: &[(&'a [u8], &'a str)])
 }
 
 fn loaded(boot: &Boot<'_>) -> (GuestMemory, Entry) {
-    let memory = memory::allocate(MEMORY, None).unwrap();
+    let memory = memory::allocate(MEMORY, memory::Backing::Shared).unwrap();
     let entry = boot.load(&memory, &ONE_CPU).unwrap();
     (memory, entry)
 }
 
 fn refused(protocol: Protocol, file: &[u8]) -> String {
     static MEM: OnceLock<GuestMemory> = OnceLock::new();
-    let memory = MEM.get_or_init(|| memory::allocate(MEMORY, None).unwrap());
+    let memory = MEM.get_or_init(|| memory::allocate(MEMORY, memory::Backing::Shared).unwrap());
     boot(protocol, file, &[]).load(memory, &ONE_CPU).unwrap_err().to_string()
 }
 
@@ -370,7 +370,7 @@ fn the_tables_of_many_vcpus_leave_room_for_every_protocol() {
     let apic_ids: Vec<u32> = (0..1024).collect();
     let longest = "x".repeat(LONGEST_CMDLINE);
     for (protocol, file) in images() {
-        let memory = memory::allocate(MEMORY, None).unwrap();
+        let memory = memory::allocate(MEMORY, memory::Backing::Shared).unwrap();
         let mut boot = boot(protocol, &file, &[]);
         if !file.starts_with(b"MZ") {
             boot.cmdline = longest.as_str().into();
@@ -390,7 +390,7 @@ fn segments_may_not_overlap_and_may_be_empty() {
         put(&mut file, 120 + 24, &paddr.to_le_bytes());
         put(&mut file, 120 + 32, &0u64.to_le_bytes());
         put(&mut file, 120 + 40, &memsz.to_le_bytes());
-        let memory = memory::allocate(MEMORY, None).unwrap();
+        let memory = memory::allocate(MEMORY, memory::Backing::Shared).unwrap();
         let loaded = boot(Protocol::Multiboot, &file, &[(b"", "")]).load(&memory, &ONE_CPU);
         loaded.map(|_| ()).map_err(|error| error.to_string())
     };
@@ -406,7 +406,7 @@ fn segments_may_not_overlap_and_may_be_empty() {
 #[test]
 fn the_pvh_note_is_found_among_others() {
     let load = |file: &[u8]| {
-        let memory = memory::allocate(MEMORY, None).unwrap();
+        let memory = memory::allocate(MEMORY, memory::Backing::Shared).unwrap();
         boot(Protocol::Native, file, &[]).load(&memory, &ONE_CPU).map_err(|error| error.to_string())
     };
     let good = pvh();
@@ -446,7 +446,7 @@ fn linux_without_init_size_takes_its_own_size() {
 #[test]
 fn modules_that_do_not_fit_or_are_not_taken_are_refused() {
     let load = |file: &[u8], modules: &[(&[u8], &str)], mib: u64| {
-        let memory = memory::allocate(mib << 20, None).unwrap();
+        let memory = memory::allocate(mib << 20, memory::Backing::Shared).unwrap();
         let loaded = boot(Protocol::Native, file, modules).load(&memory, &ONE_CPU);
         loaded.map(|_| ()).map_err(|error| error.to_string())
     };
@@ -537,7 +537,7 @@ impl Numbers {
 #[test]
 fn changed_images_are_loaded_or_refused_and_nothing_worse() {
     const ROUNDS: usize = 6000;
-    let memory = memory::allocate(MEMORY, None).unwrap();
+    let memory = memory::allocate(MEMORY, memory::Backing::Shared).unwrap();
     let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
     for (protocol, image) in images() {
         let (mut good, mut bad) = (0, 0);
@@ -561,7 +561,7 @@ fn changed_images_are_loaded_or_refused_and_nothing_worse() {
 
 #[test]
 fn images_that_end_too_early_are_refused_wherever_they_end() {
-    let memory = memory::allocate(MEMORY, None).unwrap();
+    let memory = memory::allocate(MEMORY, memory::Backing::Shared).unwrap();
     for (protocol, image) in images() {
         // What is loaded ends with the file, so the last bytes are the code's or a note's.
         for end in 0..image.len() - 5 {
