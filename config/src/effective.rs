@@ -47,7 +47,7 @@ fn write(out: &mut String, plan: &Plan) -> std::fmt::Result {
         Transport::Mmio => "mmio",
     };
     writeln!(out, "transport = \"{transport}\"")?;
-    writeln!(out, "debug-exit = {}", machine.debug_exit)?;
+    writeln!(out, "rtc = {}\ndebug-exit = {}", machine.rtc, machine.debug_exit)?;
 
     plan.numa.iter().try_for_each(|node| write_node(out, node))?;
 

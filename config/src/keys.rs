@@ -139,6 +139,7 @@ static MACHINE: Table = table(&[
         Value("\"pci\""),
         "How the guest reaches its virtio devices.",
     ),
+    key("rtc", Bool, Value("true"), "A real-time clock; Linux does without it, by KVM's clock."),
     key("debug-exit", Bool, Value("false"), "A port at 0xf4 where the guest can end the run."),
 ]);
 

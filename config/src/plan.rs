@@ -45,6 +45,8 @@ pub struct Machine {
     pub memory: u64,
     /// Size of the huge pages that back guest memory; `None`: ordinary pages.
     pub hugepages: Option<u64>,
+    /// Has it a real-time clock?
+    pub rtc: bool,
     /// In a memfd, which can be given to others; huge pages always are.
     pub shared: bool,
     /// Touch all of it before the guest starts?

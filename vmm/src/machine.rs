@@ -151,6 +151,7 @@ impl Machine {
         let mmio = parts.mmio_slots.as_deref();
         let description = Description {
             apic_ids: &apic_ids,
+            rtc: plan.machine.rtc,
             serials: &serials,
             pci: mmio.is_none(),
             mmio: mmio.unwrap_or_default(),
@@ -342,7 +343,9 @@ impl<'a> Parts<'a> {
         Self::put(&self.mmio, ECAM, Ecam::BUS_SIZE, Arc::new(ecam))?;
         let switch = Arc::clone(&self.power_button);
         Self::put(&self.ports, PowerPorts::PORT, PowerPorts::SIZE, switch)?;
-        Self::put(&self.ports, Rtc::PORT, Rtc::SIZE, Arc::new(Rtc::default()))?;
+        if plan.machine.rtc {
+            Self::put(&self.ports, Rtc::PORT, Rtc::SIZE, Arc::new(Rtc::default()))?;
+        }
         let panic = Arc::new(PanicPort::new(Arc::clone(&power)));
         Self::put(&self.ports, PanicPort::PORT, PanicPort::SIZE, panic)?;
         let keyboard = Arc::new(I8042::new(Arc::clone(&power)));

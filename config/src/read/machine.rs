@@ -18,6 +18,7 @@ const MOST_MODULES: usize = 64;
 pub(super) fn machine(table: &Reader<'_>) -> (Machine, u32, bool) {
     let memory_table = table.table("memory");
     let (memory, hugepages) = memory(&memory_table);
+    let rtc = table.value("rtc").and_then(|value| value.bool()).unwrap_or(true);
     let shared = memory_table.value("shared").and_then(|value| value.bool()).unwrap_or(false);
     let prealloc = prealloc(&memory_table);
     let topology = topology(&table.table("cpus"));
@@ -27,7 +28,8 @@ pub(super) fn machine(table: &Reader<'_>) -> (Machine, u32, bool) {
     };
     let debug_exit = table.value("debug-exit").and_then(|value| value.bool()).unwrap_or(false);
     let Topology { sockets, dies, cores, threads } = topology;
-    let machine = Machine { memory, hugepages, shared, prealloc, topology, transport, debug_exit };
+    let machine =
+        Machine { rtc, memory, hugepages, shared, prealloc, topology, transport, debug_exit };
     (machine, sockets * dies * cores * threads, memory_table.has("size"))
 }
 

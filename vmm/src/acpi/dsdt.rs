@@ -62,7 +62,8 @@ fn edge(gsi: u32) -> aml::Interrupt {
 
 pub(super) fn dsdt(machine: &Description<'_>) -> Sdt {
     let mut parts = vec![soft_off()];
-    let mut system = vec![clock(), panic_port()];
+    let mut system = vec![panic_port()];
+    system.extend(machine.rtc.then(clock));
     system.extend(machine.serials.iter().map(|&nth| serial(nth)));
     if machine.pci {
         system.push(pci_root());

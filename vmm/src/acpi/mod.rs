@@ -29,6 +29,7 @@ const IO_APIC: u32 = 0xfec0_0000;
 const LEGACY_DEVICES: u16 = 1 << 0;
 const NO_VGA: u16 = 1 << 2;
 const NO_ASPM: u16 = 1 << 4;
+const NO_CLOCK: u16 = 1 << 5;
 const RESET_PORT: u16 = 0xcf9;
 const RESET_VALUE: u8 = 6;
 
@@ -55,6 +56,8 @@ impl Layout {
 pub struct Description<'a> {
     /// By vCPU: its APIC id.
     pub apic_ids: &'a [u32],
+    /// Is there a real-time clock?
+    pub rtc: bool,
     /// Serial ports there are, 0 for COM1.
     pub serials: &'a [usize],
     /// Is there a PCI bus?
@@ -73,7 +76,8 @@ pub fn tables(base: u64, machine: &Description<'_>) -> Vec<u8> {
     let mut layout = Layout { base, bytes: room_for_rsdp };
     let facs = layout.add(&FACS::new());
     let dsdt = layout.add(&dsdt::dsdt(machine));
-    let mut listed = vec![layout.add(&fadt(facs, dsdt)), layout.add(&madt(machine.apic_ids))];
+    let mut listed =
+        vec![layout.add(&fadt(facs, dsdt, machine.rtc)), layout.add(&madt(machine.apic_ids))];
     if machine.pci {
         let mut mcfg = MCFG::new(OEM, TABLE, REVISION);
         mcfg.add_ecam(ECAM, 0, 0, 0);
@@ -93,7 +97,7 @@ pub fn tables(base: u64, machine: &Description<'_>) -> Vec<u8> {
 }
 
 /// The power button is a fixed one, by its flag not being set; there is no sleep button.
-fn fadt(facs: u64, dsdt: u64) -> impl Aml {
+fn fadt(facs: u64, dsdt: u64, rtc: bool) -> impl Aml {
     let mut fadt = FADTBuilder::new(OEM, TABLE, REVISION)
         .firmware_ctrl_64(facs)
         .dsdt_64(dsdt)
@@ -105,8 +109,9 @@ fn fadt(facs: u64, dsdt: u64) -> impl Aml {
     fadt.pm1_evt_len = 4;
     fadt.pm1a_cnt_blk = (PowerPorts::CONTROL_PORT as u32).into();
     fadt.pm1_cnt_len = 2;
-    fadt.century = Rtc::CENTURY;
-    fadt.iapc_boot_arch = (LEGACY_DEVICES | NO_VGA | NO_ASPM).into();
+    let clock = if rtc { 0 } else { NO_CLOCK };
+    fadt.century = if rtc { Rtc::CENTURY } else { 0 };
+    fadt.iapc_boot_arch = (LEGACY_DEVICES | NO_VGA | NO_ASPM | clock).into();
     fadt.reset_reg = acpi_tables::gas::GAS::new(
         acpi_tables::gas::AddressSpace::SystemIo,
         8,
@@ -171,7 +176,14 @@ mod tests {
     }
 
     fn full(apic_ids: &[u32]) -> Description<'_> {
-        Description { apic_ids, serials: &[0, 1, 2, 3], pci: true, mmio: &[], nodes: &[] }
+        Description {
+            apic_ids,
+            rtc: true,
+            serials: &[0, 1, 2, 3],
+            pci: true,
+            mmio: &[],
+            nodes: &[],
+        }
     }
 
     #[test]
