@@ -265,7 +265,13 @@ pub fn topology(plan: &Plan) -> Topology {
 
 fn create_vm(kvm: &Kvm) -> Result<Arc<VmFd>, HostError> {
     let step = |what: &'static str| move |error| HostError::new(format!("KVM: {what}"), error);
-    let vm = kvm.create_vm().map_err(step("KVM_CREATE_VM"))?;
+    // Work that the kernel has left for this thread (of a ring that was closed, say) interrupts it.
+    let vm = loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            other => break other.map_err(step("KVM_CREATE_VM"))?,
+        }
+    };
     vm.set_identity_map_address(KVM_PAGES).map_err(step("KVM_SET_IDENTITY_MAP_ADDR"))?;
     vm.set_tss_address(KVM_PAGES as usize + 0x1000).map_err(step("KVM_SET_TSS_ADDR"))?;
     // Destinations of interrupts have 32 bits, and 255 of them is a CPU like any other.
