@@ -39,7 +39,12 @@ fn unknown_keys_and_their_nearest() {
         &[
             (2, 1, "`machine.memroy`", "did you mean `memory`?"),
             (3, 1, "`machine.debug_exit`", "did you mean `debug-exit`?"),
-            (4, 1, "`machine.xyzzy`", "known here: `memory`, `cpus`, `transport`, `rtc`, `debug-exit`"),
+            (
+                4,
+                1,
+                "`machine.xyzzy`",
+                "known here: `memory`, `cpus`, `transport`, `rtc`, `debug-exit`",
+            ),
         ],
     );
     expect("[disks.a]\nsize = \"1M\"", &[(1, 2, "`disks`", "did you mean `disk`?")]);

@@ -6,10 +6,10 @@
 use std::fmt;
 use std::sync::Arc;
 
-use arc_swap::ArcSwap;
 use iothread::ExitCx;
 
 use crate::device::Device;
+use crate::snapshot::Snapshot;
 
 #[derive(Clone)]
 struct Range {
@@ -31,7 +31,7 @@ pub struct Occupied {
 
 /// An address space: ports or memory-mapped registers.
 pub struct Bus {
-    ranges: ArcSwap<Vec<Range>>,
+    ranges: Snapshot<Vec<Range>>,
 }
 
 impl fmt::Debug for Bus {
@@ -43,7 +43,7 @@ impl fmt::Debug for Bus {
 
 impl Default for Bus {
     fn default() -> Self {
-        Self { ranges: ArcSwap::from_pointee(Vec::new()) }
+        Self { ranges: Snapshot::from_pointee(Vec::new()) }
     }
 }
 

@@ -11,4 +11,5 @@ pub mod irq;
 pub mod legacy;
 pub mod pci;
 pub mod power;
+pub mod snapshot;
 pub mod virtio;

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
 use devices::block::raw::{Engine, Options, RawImage};
 use devices::bus::Bus;
 use devices::device::{Lifecycle, Paused};
 use devices::irq::{Doorbell, Doorbells, IrqEdge};
+use devices::snapshot::Snapshot;
 use devices::virtio::blk::Blk;
 use devices::virtio::mmio::{SIZE, Socket, VirtioMmio};
 use devices::virtio::pci::Slots;
@@ -55,7 +55,7 @@ impl IrqEdge for Line {
 
 /// Which doorbells are connected; none of them rings.
 #[derive(Default)]
-struct Connected(ArcSwap<BTreeSet<Doorbell>>);
+struct Connected(Snapshot<BTreeSet<Doorbell>>);
 
 impl Doorbells for Connected {
     fn connect(&self, doorbell: Doorbell, _: BorrowedFd<'_>) -> std::io::Result<()> {

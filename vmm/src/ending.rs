@@ -4,7 +4,6 @@ use std::fmt;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
-use arc_swap::ArcSwapOption;
 use devices::power::{Power, PowerRequest};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -83,7 +82,8 @@ impl fmt::Display for End {
 }
 
 struct Announced {
-    end: ArcSwapOption<End>,
+    #[expect(clippy::disallowed_types, reason = "the machine ends once")]
+    end: std::sync::Mutex<Option<End>>,
     /// Wakes whoever waits for the end.
     wake: EventFd,
 }
@@ -103,12 +103,16 @@ impl Ending {
     pub fn new() -> std::io::Result<Self> {
         let flags = vmm_sys_util::eventfd::EFD_NONBLOCK | vmm_sys_util::eventfd::EFD_CLOEXEC;
         let wake = EventFd::new(flags)?;
-        Ok(Self(Arc::new(Announced { end: ArcSwapOption::empty(), wake })))
+        Ok(Self(Arc::new(Announced { end: None.into(), wake })))
+    }
+
+    fn end(&self) -> std::sync::MutexGuard<'_, Option<End>> {
+        self.0.end.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// The machine ends for this reason, unless it has ended already.
     pub fn announce(&self, end: End) {
-        self.0.end.compare_and_swap(&None::<Arc<End>>, Some(Arc::new(end)));
+        self.end().get_or_insert(end);
         self.wake();
     }
 
@@ -120,12 +124,12 @@ impl Ending {
 
     /// The end, if it has come.
     pub fn get(&self) -> Option<End> {
-        self.0.end.load().as_deref().cloned()
+        self.end().clone()
     }
 
     /// Forgets the end, for the next machine. Nothing of the last one may be running.
     pub fn clear(&self) {
-        self.0.end.store(None);
+        *self.end() = None;
     }
 
     /// Forgets the wake-ups so far.

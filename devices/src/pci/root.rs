@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use arc_swap::ArcSwap;
 use iothread::ExitCx;
 
 use super::config::{Config, Ids};
 use super::endpoint::moves_bars;
 use super::function::Function;
+use crate::snapshot::Snapshot;
 
 /// The host bridge. This id is registered (as Red Hat's) for a virtual host bridge that has no
 /// registers beyond the standard ones, so no driver or quirk of a real chipset takes it for its
@@ -90,7 +90,7 @@ type Functions = BTreeMap<Address, Arc<dyn Function>>;
 ///
 /// Finding a function takes no lock.
 pub struct PciRoot {
-    functions: ArcSwap<Functions>,
+    functions: Snapshot<Functions>,
 }
 
 impl fmt::Debug for PciRoot {
@@ -102,7 +102,7 @@ impl fmt::Debug for PciRoot {
 impl Default for PciRoot {
     fn default() -> Self {
         let bridge: Arc<dyn Function> = Arc::new(HostBridge(Config::new(&HOST_BRIDGE)));
-        Self { functions: ArcSwap::from_pointee(BTreeMap::from([(Address(0), bridge)])) }
+        Self { functions: Snapshot::from_pointee(BTreeMap::from([(Address(0), bridge)])) }
     }
 }
 

@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
 use iothread::{Cx, ExitCx, LoopHandle, PollPolicy, Port, Sched, Thread, ThreadSpec, VcpuLoop};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -28,6 +27,7 @@ use crate::bus::Bus;
 use crate::irq::{Doorbell, Doorbells, Msi, MsiSender};
 use crate::pci::{Address, BarSpace, ConfigPorts, Ecam, Function, PciRoot};
 use crate::power::{Power, PowerRequest};
+use crate::snapshot::Snapshot;
 
 /// Descriptor flags, virtio 1.2 §2.7.5.
 const NEXT: u16 = 1;
@@ -422,7 +422,7 @@ impl Power for Count {
 
 /// Does for doorbells what KVM does: a write that rings one signals and goes no further.
 #[derive(Debug, Default)]
-struct DoorbellMap(ArcSwap<BTreeMap<Doorbell, Arc<File>>>);
+struct DoorbellMap(Snapshot<BTreeMap<Doorbell, Arc<File>>>);
 
 impl DoorbellMap {
     /// True: the write has rung a doorbell.
