@@ -1,11 +1,13 @@
 //! Which device answers at which address.
 //!
-//! The map is an immutable sorted list behind one atomic pointer: finding a device takes no lock,
-//! and a change (a BAR that moves) publishes a new list.
+//! The map is an immutable sorted list, and a change (a BAR that moves) publishes a new one. A vCPU
+//! has a [`View`]: the list as it was at its last exit, and one look at a pointer tells whether it
+//! still is. So finding a device takes no lock and counts no reference to the list.
 
 use std::fmt;
 use std::sync::Arc;
 
+use arc_swap::Cache;
 use iothread::ExitCx;
 
 use crate::device::Device;
@@ -31,7 +33,18 @@ pub struct Occupied {
 
 /// An address space: ports or memory-mapped registers.
 pub struct Bus {
-    ranges: Snapshot<Vec<Range>>,
+    ranges: Arc<Snapshot<Vec<Range>>>,
+}
+
+/// A bus, for one thread that accesses it again and again.
+///
+/// It keeps the devices of the list it saw last; those that were removed go with the next access.
+pub struct View(Cache<Arc<Snapshot<Vec<Range>>>, Arc<Vec<Range>>>);
+
+impl fmt::Debug for View {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("View").finish_non_exhaustive()
+    }
 }
 
 impl fmt::Debug for Bus {
@@ -43,7 +56,7 @@ impl fmt::Debug for Bus {
 
 impl Default for Bus {
     fn default() -> Self {
-        Self { ranges: Snapshot::from_pointee(Vec::new()) }
+        Self { ranges: Arc::new(Snapshot::from_pointee(Vec::new())) }
     }
 }
 
@@ -75,36 +88,58 @@ impl Bus {
         });
     }
 
+    /// The bus for the calling thread.
+    pub fn view(&self) -> View {
+        View(Cache::new(Arc::clone(&self.ranges)))
+    }
+
     /// Reads; where no device answers, all bits are set and the result is false.
     pub fn read(&self, address: u64, data: &mut [u8], exit: &mut ExitCx<'_>) -> bool {
-        match self.find(address, data.len()) {
-            Some((device, offset)) => {
-                device.read(offset, data, exit);
-                true
-            }
-            None => {
-                data.fill(0xff);
-                false
-            }
-        }
+        read(find(&self.ranges.load(), address, data.len()), data, exit)
     }
 
     /// Writes; false: no device answers there.
     pub fn write(&self, address: u64, data: &[u8], exit: &mut ExitCx<'_>) -> bool {
-        let Some((device, offset)) = self.find(address, data.len()) else { return false };
-        device.write(offset, data, exit);
-        true
+        write(find(&self.ranges.load(), address, data.len()), data, exit)
+    }
+}
+
+impl View {
+    /// As [`Bus::read`].
+    pub fn read(&mut self, address: u64, data: &mut [u8], exit: &mut ExitCx<'_>) -> bool {
+        read(find(self.0.load(), address, data.len()), data, exit)
     }
 
-    /// The device that answers for all of `len` bytes at `address`. It is cloned out, so that a
-    /// device may change the map it is found in.
-    fn find(&self, address: u64, len: usize) -> Option<(Arc<dyn Device>, u64)> {
-        let ranges = self.ranges.load();
-        let at = ranges.partition_point(|range| range.base <= address).checked_sub(1)?;
-        let range = &ranges[at];
-        let end = address.checked_add((len as u64).checked_sub(1)?)?;
-        (end <= range.last).then(|| (Arc::clone(&range.device), address - range.base))
+    /// As [`Bus::write`].
+    pub fn write(&mut self, address: u64, data: &[u8], exit: &mut ExitCx<'_>) -> bool {
+        write(find(self.0.load(), address, data.len()), data, exit)
     }
+}
+
+type Found = Option<(Arc<dyn Device>, u64)>;
+
+/// The device that answers for all of `len` bytes at `address`. It is cloned out, so that a device
+/// may change the map it is found in.
+fn find(ranges: &[Range], address: u64, len: usize) -> Found {
+    let at = ranges.partition_point(|range| range.base <= address).checked_sub(1)?;
+    let range = &ranges[at];
+    let end = address.checked_add((len as u64).checked_sub(1)?)?;
+    (end <= range.last).then(|| (Arc::clone(&range.device), address - range.base))
+}
+
+fn read(found: Found, data: &mut [u8], exit: &mut ExitCx<'_>) -> bool {
+    let Some((device, offset)) = found else {
+        data.fill(0xff);
+        return false;
+    };
+    device.read(offset, data, exit);
+    true
+}
+
+fn write(found: Found, data: &[u8], exit: &mut ExitCx<'_>) -> bool {
+    let Some((device, offset)) = found else { return false };
+    device.write(offset, data, exit);
+    true
 }
 
 #[cfg(test)]
@@ -150,5 +185,19 @@ mod tests {
         }
         bus.insert(u64::MAX, 1, Arc::new(Tag(1))).unwrap();
         assert_eq!(read(&bus, u64::MAX, 1), [1]);
+    }
+
+    #[test]
+    fn a_view_sees_what_has_come_and_gone_since() {
+        let (bus, mut vcpu) = (Bus::default(), VcpuLoop::enter());
+        let mut view = bus.view();
+        let mut sees = |view: &mut View, base: u64| view.read(base, &mut [0], &mut vcpu.exit());
+        assert!(!sees(&mut view, 0x1000));
+        let device = Arc::new(Tag(0));
+        bus.insert(0x1000, 0x10, Arc::clone(&device) as Arc<dyn Device>).unwrap();
+        assert!(sees(&mut view, 0x1000));
+        bus.remove(0x1000);
+        bus.insert(0x2000, 0x10, device).unwrap();
+        assert!(!sees(&mut view, 0x1000) && sees(&mut view, 0x2000));
     }
 }

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering::*};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::Instant;
 
-use devices::bus::Bus;
+use devices::bus::{Bus, View};
 use iothread::{Counters, ExitCx, Thread, ThreadSpec, VcpuLoop};
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -126,6 +126,7 @@ fn run(mut fd: VcpuFd, mut vcpu_loop: VcpuLoop, shared: &Shared) {
     let flag = &raw mut fd.get_kvm_run().immediate_exit;
     IMMEDIATE_EXIT.with(|cell| cell.set(flag));
     let _clear = ClearOnDrop;
+    let (mut ports, mut mmio) = (shared.ports.view(), shared.mmio.view());
     while !shared.stop.load(Acquire) {
         let end = match fd.run() {
             Ok(exit) => {
@@ -133,17 +134,17 @@ fn run(mut fd: VcpuFd, mut vcpu_loop: VcpuLoop, shared: &Shared) {
                 match exit {
                     VcpuExit::MmioRead(address, data) => {
                         cx.counters().mmio_exits.add(1);
-                        shared.mmio.read(address, data, &mut cx);
+                        mmio.read(address, data, &mut cx);
                         None
                     }
                     VcpuExit::MmioWrite(address, data) => {
                         cx.counters().mmio_exits.add(1);
-                        shared.mmio.write(address, data, &mut cx);
+                        mmio.write(address, data, &mut cx);
                         None
                     }
                     VcpuExit::IoIn(..) | VcpuExit::IoOut(..) => {
                         cx.counters().pio_exits.add(1);
-                        port_io(&mut fd, &shared.ports, &mut cx);
+                        port_io(&mut fd, &mut ports, &mut cx);
                         None
                     }
                     other => {
@@ -178,7 +179,7 @@ impl Drop for ClearOnDrop {
 }
 
 /// Serves one exit for port I/O, which may be a string of accesses to one port.
-fn port_io(fd: &mut VcpuFd, ports: &Bus, cx: &mut ExitCx<'_>) {
+fn port_io(fd: &mut VcpuFd, ports: &mut View, cx: &mut ExitCx<'_>) {
     const OUT: u8 = 1;
     let run = fd.get_kvm_run();
     // SAFETY: the exit reason is KVM_EXIT_IO, so `io` is the part of the union that is set.
