@@ -1,7 +1,7 @@
 //! A function with BARs, decoded on the memory bus where the guest puts them.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use iothread::ExitCx;
 use serde::{Deserialize, Serialize};
@@ -68,7 +68,8 @@ pub struct Endpoint {
     msix: Option<(u16, Arc<Msix>)>,
     /// First register of the window capability.
     window: Option<u16>,
-    bus: Arc<Bus>,
+    /// Weak, for the bus has the configuration space, and that has this function.
+    bus: Weak<Bus>,
     /// By BAR: where it is decoded.
     #[expect(clippy::disallowed_types, reason = "taken where a BAR may move, and nowhere else")]
     at: std::sync::Mutex<Box<[Option<u64>]>>,
@@ -85,7 +86,7 @@ impl Endpoint {
     ///
     /// # Panics
     /// If a BAR is impossible (see [`Config::add_bar`]), or the capabilities do not fit.
-    pub fn new(ids: &Ids, bars: Vec<Bar>, capabilities: Vec<Capability>, bus: Arc<Bus>) -> Self {
+    pub fn new(ids: &Ids, bars: Vec<Bar>, capabilities: Vec<Capability>, bus: &Arc<Bus>) -> Self {
         let mut config = Config::new(ids);
         config.use_pin_a();
         bars.iter().for_each(|bar| config.add_bar(bar.index, bar.address, bar.size));
@@ -99,6 +100,7 @@ impl Endpoint {
             }
         }
         let at = vec![None; bars.len()].into_boxed_slice().into();
+        let bus = Arc::downgrade(bus);
         let endpoint = Self { config, bars: bars.into(), msix, window, bus, at };
         endpoint.settle();
         endpoint
@@ -161,7 +163,9 @@ impl Endpoint {
     fn unmap(&self, bar: &Bar, at: &mut Option<u64>) {
         if let Some(base) = at.take() {
             bar.placed.iter().for_each(|placed| placed.unmapped(base));
-            self.bus.remove(base);
+            if let Some(bus) = self.bus.upgrade() {
+                bus.remove(base);
+            }
         }
     }
 }
@@ -219,9 +223,10 @@ impl Function for Endpoint {
                 self.unmap(bar, at);
             }
         }
+        let Some(bus) = self.bus.upgrade() else { return };
         for ((bar, wanted), at) in each().zip(placements.iter_mut()) {
             if let (None, Some(base)) = (*at, *wanted)
-                && self.bus.insert(base, bar.size, Arc::clone(&bar.device)).is_ok()
+                && bus.insert(base, bar.size, Arc::clone(&bar.device)).is_ok()
             {
                 *at = Some(base);
                 bar.placed.iter().for_each(|placed| placed.mapped(base));

@@ -368,8 +368,7 @@ impl VirtioPci {
                 placed: None,
             },
         ];
-        let endpoint =
-            Endpoint::new(&ids, bars, capabilities(queues, msix), Arc::clone(&slots.bus));
+        let endpoint = Endpoint::new(&ids, bars, capabilities(queues, msix), &slots.bus);
         Ok(Self { transport, registers, endpoint })
     }
 
