@@ -99,7 +99,7 @@ fn a_reset_leaves_nothing_of_the_machine_before() {
         };
         let ((files, kib), (later_files, later_kib)) = (after(5), after(85));
         running.signal(libc::SIGTERM);
-        running.wait();
+        running.wait().expect(128 + libc::SIGTERM);
         // What is being built or taken down right now comes and goes.
         assert!(later_files < files + 40, "{transport}: {files} files, then {later_files}");
         assert!(later_kib < kib + (512 << 10), "{transport}: {kib} KiB, then {later_kib} KiB");
