@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use crate::activity::Activity;
+
 /// A number that one thread raises and every thread may read.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
@@ -24,7 +26,11 @@ macro_rules! counters {
         /// The counters of one thread. Times are nanoseconds.
         #[derive(Debug, Default)]
         #[repr(align(128))] // two cache lines, so that no two threads write to one
-        pub struct Counters { $($(#[$doc])* pub $name: Counter,)* }
+        pub struct Counters {
+            $($(#[$doc])* pub $name: Counter,)*
+            /// Who is, and was, at work here.
+            pub activity: Activity,
+        }
 
         impl Counters {
             /// Every counter with its name, in a fixed order.
@@ -48,6 +54,8 @@ counters! {
     fd_events,
     /// Timers that expired.
     timers,
+    /// How late they fired, all together.
+    timer_late_ns,
     /// Bottom halves and messages run.
     bottom_halves,
     /// Events left with another thread that held the strand.
@@ -60,6 +68,8 @@ counters! {
     ring_submits,
     /// io_uring completions reaped.
     ring_completions,
+    /// Callbacks run when there was nothing else to do.
+    idle_callbacks,
     /// Time spent on work.
     busy_ns,
     /// Time spent polling.

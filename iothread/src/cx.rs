@@ -2,14 +2,25 @@
 
 use std::marker::PhantomData;
 use std::sync::Arc;
+use std::time::Instant;
 
+use crate::activity::Owner;
+use crate::clock::{self, Clock};
 use crate::counters::Counters;
+use crate::handle::LoopHandle;
 use crate::reply;
 use crate::ring::Ring;
 
 /// What belongs to a thread: its counters, its ring, and how it treats strands.
 #[derive(Debug)]
 pub(crate) struct Local {
+    /// The loop, on threads that have one.
+    pub(crate) here: Option<LoopHandle>,
+    pub(crate) clock: Clock,
+    /// When this thread last looked at the clock.
+    pub(crate) now: u64,
+    /// The longest callback of this turn and the one before.
+    pub(crate) longest: [Longest; 2],
     pub(crate) counters: Arc<Counters>,
     pub(crate) ring: Option<Ring>,
     /// May a ring be made here on first use?
@@ -20,6 +31,36 @@ pub(crate) struct Local {
     pub(crate) polls: bool,
     /// Events that others left with a strand held here, served before it is handed to its home.
     pub(crate) budget: u32,
+}
+
+/// A callback and the nanoseconds it took.
+pub(crate) type Longest = Option<(Owner, u64)>;
+
+impl Local {
+    /// Is this the thread of that loop?
+    pub(crate) fn is_at(&self, home: &LoopHandle) -> bool {
+        self.here.as_ref() == Some(home)
+    }
+
+    /// Looks at the clock.
+    pub(crate) fn look(&mut self) -> u64 {
+        self.now = self.clock.now();
+        self.now
+    }
+
+    /// Runs one callback of `owner`, and takes the time.
+    pub(crate) fn timed<R>(&mut self, owner: Owner, callback: impl FnOnce(&mut Cx<'_>) -> R) -> R {
+        // A loop has looked at the clock just before, a vCPU has been in the guest.
+        let began = if self.on_vcpu { self.look() } else { self.now };
+        self.counters.activity.begin(owner, began);
+        let result = callback(&mut Cx::new(self));
+        let took = self.look() - began;
+        self.counters.activity.end(owner, took);
+        if self.longest[0].is_none_or(|(_, longest)| took > longest) {
+            self.longest[0] = Some((owner, took));
+        }
+        result
+    }
 }
 
 /// The thread a callback runs on. It exists only while the callback runs and cannot leave the
@@ -59,6 +100,11 @@ impl<'a> Cx<'a> {
         &self.local.counters
     }
 
+    /// The time on this thread, as it was when the callback began.
+    pub fn now(&self) -> Instant {
+        clock::instant(self.local.now)
+    }
+
     /// Is this a vCPU thread, whose time is the guest's?
     pub fn on_vcpu(&self) -> bool {
         self.local.on_vcpu
@@ -82,6 +128,10 @@ impl VcpuLoop {
         reply::forbid_blocking();
         Self {
             local: Local {
+                here: None,
+                clock: Clock::Real,
+                now: 0,
+                longest: [None; 2],
                 counters: Arc::default(),
                 ring: None,
                 ring_allowed: false,

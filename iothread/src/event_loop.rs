@@ -1,29 +1,33 @@
 //! The loop: one type for every thread that is not a vCPU.
 //!
-//! One turn is: park (not at all if work is queued, else poll, then sleep); ready fds and ring
-//! completions; timers due at one `now`; the bottom halves that were queued when their phase
-//! began; one `io_uring_enter` for all that was submitted. Each phase works on a snapshot, so
-//! nothing can starve another phase, and no callback can run a loop.
+//! One turn is: park (not at all if work is queued, else poll, then run what waits for an idle
+//! moment, then sleep); ready fds; ring completions; timers due at one `now`; the objects that had
+//! bottom halves when their phase began; one `io_uring_enter` for all that was submitted. In each
+//! phase the classes come one after the other. Each phase works on a snapshot of limited size, so
+//! nothing can starve another phase, and no callback can run a loop. docs/loop.md has the
+//! guarantees.
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
-
-use crate::counters::Counters;
+use crate::activity::Owner;
+use crate::class::Class;
+use crate::clock::{self, Clock};
+use crate::counters::{Counter, Counters};
 use crate::cx::{Cx, Local};
-use crate::inbox::{Inbox, Node};
+use crate::handle::{LoopHandle, Task};
+use crate::inbox::{Batch, Node};
+use crate::place::Place;
 use crate::poll::{PollPolicy, Polling};
-use crate::readiness::{Readiness, Token};
-use crate::reply::{self, Reply};
-use crate::sync::{AtomicBool, Ordering::*};
-use crate::timer::Timers;
-use crate::wake::{Owed, Wake};
-
-pub use crate::readiness::Trigger;
+use crate::readiness::Readiness;
+use crate::reply;
+use crate::shuffle::Shuffle;
+use crate::source::{Peeked, Watched};
+use crate::sync::Ordering::*;
+use crate::timer::{Alarm, Due, Timers};
 
 /// Peeks between two looks at the file descriptors while polling.
 const SPINS_PER_LOOK: u32 = 64;
@@ -31,183 +35,31 @@ const SPINS_PER_LOOK: u32 = 64;
 /// Events that others left with a strand served in one go, before other work of the loop.
 const SERVE_BUDGET: u32 = 64;
 
-/// Something a loop can be asked to do.
-pub(crate) enum Task {
-    /// Work; every thread can run it.
-    Run(Box<dyn Fn(&mut Cx<'_>) + Send + Sync>),
-    /// A change to the loop itself.
-    Admin(Box<dyn Fn(&mut EventLoop) + Send + Sync>),
+/// Objects of one class served in one phase of bottom halves; the others wait for the next turn.
+const PHASE_BUDGET: u32 = 256;
+
+/// The same for [`Class::Service`] while others have work.
+const SERVICE_BUDGET: u32 = 16;
+
+/// Urgent objects served between two that are not.
+const URGENT_BUDGET: u32 = 16;
+
+/// Turns in a row with nothing but bottom halves, none of which gets anything done, until the loop
+/// is said to spin.
+const VAIN_TURNS: u32 = 10_000;
+
+/// How a loop goes about its work.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct LoopPolicy {
+    /// Polling before sleep.
+    pub poll: PollPolicy,
+    /// With a seed, the order of all that has none by promise is drawn by lot: for tests.
+    pub shuffle: Option<u64>,
 }
 
-impl Task {
-    pub(crate) fn run(f: impl Fn(&mut Cx<'_>) + Send + Sync + 'static) -> Self {
-        Self::Run(Box::new(f))
-    }
-}
-
-struct Shared {
-    name: String,
-    inbox: Inbox<Task>,
-    state: Wake,
-    wake: EventFd,
-    stop: AtomicBool,
-    counters: Arc<Counters>,
-}
-
-/// A loop, seen from outside: where to send work. Cheap to clone.
-#[derive(Clone)]
-pub struct LoopHandle(Arc<Shared>);
-
-impl fmt::Debug for LoopHandle {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("LoopHandle").field(&self.0.name).finish()
-    }
-}
-
-impl LoopHandle {
-    /// The loop's name.
-    pub fn name(&self) -> &str {
-        &self.0.name
-    }
-
-    /// The counters of the loop's thread.
-    pub fn counters(&self) -> &Arc<Counters> {
-        &self.0.counters
-    }
-
-    /// Ends the loop after the turn it is in.
-    pub fn stop(&self) {
-        self.0.stop.store(true, Release);
-        self.wake();
-    }
-
-    /// Answers when all that was sent to the loop before has been run.
-    pub fn barrier(&self) -> Reply<()> {
-        let (answer, reply) = Reply::pair();
-        self.admin(move |_| answer.give(()));
-        reply
-    }
-
-    /// Queues a node; wakes the loop only if it sleeps.
-    pub(crate) fn post(&self, node: &Arc<Node<Task>>) {
-        self.0.inbox.push(node);
-        self.wake();
-    }
-
-    /// Sees to it that the loop notices what this thread did before.
-    fn wake(&self) {
-        match self.0.state.posted() {
-            Owed::Nothing => {}
-            Owed::Signal => {
-                // An eventfd refuses only when 2^64 - 2 wake-ups are pending: it is readable then.
-                let _ = self.0.wake.write(1);
-            }
-            Owed::Removal => drop(self.0.inbox.take()),
-        }
-    }
-
-    fn admin(&self, f: impl FnOnce(&mut EventLoop) + Send + 'static) {
-        let once = crate::strand::Once::new(f);
-        self.post(&Arc::new(Node::new(Task::Admin(Box::new(move |event_loop| {
-            if let Some(f) = once.take() {
-                f(event_loop);
-            }
-        })))));
-    }
-
-    pub(crate) fn add_fd(&self, fd: OwnedFd, trigger: Trigger, task: &Arc<Node<Task>>) -> FdSource {
-        let fd = Arc::new(fd);
-        let registered = Arc::<OnceLock<Token>>::default();
-        let (watched, task, slot) = (Arc::clone(&fd), Arc::clone(task), Arc::clone(&registered));
-        self.admin(move |event_loop| {
-            match event_loop.readiness.add(watched.as_raw_fd(), trigger, task) {
-                Ok(token) => drop(slot.set(token)),
-                Err(error) => eprintln!(
-                    "heddle: thread {}: cannot watch a file descriptor: {error}",
-                    event_loop.handle.name()
-                ),
-            }
-        });
-        FdSource { fd, registered, home: self.clone() }
-    }
-
-    pub(crate) fn add_poller(
-        &self,
-        ready: Box<dyn Fn() -> bool + Send + Sync>,
-        found: &Arc<Node<Task>>,
-        settle: &Arc<Node<Task>>,
-    ) -> Poller {
-        let watching = Arc::new(AtomicBool::new(false));
-        let entry = PollEntry {
-            ready,
-            watching: Arc::clone(&watching),
-            found: Arc::clone(found),
-            settle: Arc::clone(settle),
-        };
-        self.admin(move |event_loop| event_loop.pollers.push(entry));
-        Poller { watching, home: self.clone() }
-    }
-}
-
-/// A file descriptor that a loop watches until this is dropped.
-#[derive(Debug)]
-pub struct FdSource {
-    fd: Arc<OwnedFd>,
-    /// Set once the loop watches it.
-    registered: Arc<OnceLock<Token>>,
-    home: LoopHandle,
-}
-
-impl AsFd for FdSource {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
-    }
-}
-
-impl Drop for FdSource {
-    fn drop(&mut self) {
-        // The loop closes the fd only after it has stopped watching it.
-        let (fd, registered) = (Arc::clone(&self.fd), Arc::clone(&self.registered));
-        self.home.admin(move |event_loop| {
-            if let Some(token) = registered.get() {
-                event_loop.readiness.remove(fd.as_raw_fd(), *token);
-            }
-        });
-    }
-}
-
-struct PollEntry {
-    ready: Box<dyn Fn() -> bool + Send + Sync>,
-    watching: Arc<AtomicBool>,
-    found: Arc<Node<Task>>,
-    settle: Arc<Node<Task>>,
-}
-
-/// Something a loop looks at while it polls, so that whoever produces work need not wake it.
-///
-/// While it is watched, the loop calls `ready` again and again before it sleeps and fires the
-/// event when it says yes. If polling ends in vain, the loop fires the `settle` event instead:
-/// the object must then ask its producer for wake-ups again and look once more.
-#[derive(Debug)]
-pub struct Poller {
-    watching: Arc<AtomicBool>,
-    home: LoopHandle,
-}
-
-impl Poller {
-    /// Says whether the loop should look. Called with the strand held.
-    pub fn watch(&self, on: bool) {
-        self.watching.store(on, Release);
-    }
-}
-
-impl Drop for Poller {
-    fn drop(&mut self) {
-        self.watch(false);
-        let watching = Arc::clone(&self.watching);
-        self.home.admin(move |event_loop| {
-            event_loop.pollers.retain(|entry| !Arc::ptr_eq(&entry.watching, &watching));
-        });
+impl From<PollPolicy> for LoopPolicy {
+    fn from(poll: PollPolicy) -> Self {
+        Self { poll, shuffle: None }
     }
 }
 
@@ -217,62 +69,96 @@ pub struct EventLoop {
     local: Local,
     pub(crate) readiness: Readiness,
     pub(crate) timers: Timers,
-    pollers: Vec<PollEntry>,
+    pollers: Vec<Arc<Peeked>>,
     polling: Polling,
-    ready: Vec<Arc<Node<Task>>>,
+    shuffle: Option<Shuffle>,
+    ready: Vec<Arc<Watched>>,
+    due: Vec<Due>,
+    /// By class: bottom halves taken from the inbox, whose turn has not come yet.
+    queued: [Batch<Task>; 3],
     ring_watched: bool,
     /// Until when the time of this thread has been accounted for.
-    accounted: Instant,
+    accounted: u64,
+    vain_turns: u32,
+    /// What had been done when the vain turns began.
+    done: u64,
 }
 
 impl fmt::Debug for EventLoop {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("EventLoop").field(&self.handle.0.name).finish()
+        f.debug_tuple("EventLoop").field(&self.handle.name()).finish()
     }
+}
+
+/// What moves from one loop to another with its strand.
+#[derive(Default)]
+pub(crate) struct Sources {
+    watched: Vec<Arc<Watched>>,
+    alarms: Vec<Arc<Alarm>>,
+    pollers: Vec<Arc<Peeked>>,
 }
 
 impl EventLoop {
     /// Makes the calling thread a loop: it may no longer block.
-    pub fn new(name: &str, poll: PollPolicy) -> io::Result<Self> {
+    pub fn new(name: &str, policy: impl Into<LoopPolicy>) -> io::Result<Self> {
+        let policy = policy.into();
         reply::forbid_blocking();
-        let counters = Arc::<Counters>::default();
-        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        let handle = LoopHandle::new(name)?;
         let mut readiness = Readiness::new()?;
-        readiness.watch_wakeups(wake.as_raw_fd())?;
+        readiness.watch_wakeups(handle.0.wake.as_raw_fd())?;
         let timers = Timers::new()?;
         readiness.watch_wakeups(timers.as_raw_fd())?;
+        let now = Clock::Real.now();
         let local = Local {
-            counters: Arc::clone(&counters),
+            here: Some(handle.clone()),
+            clock: Clock::Real,
+            now,
+            longest: [None; 2],
+            counters: Arc::clone(handle.counters()),
             ring: None,
             ring_allowed: true,
             on_vcpu: false,
-            polls: !poll.max.is_zero(),
+            polls: !policy.poll.max.is_zero(),
             budget: SERVE_BUDGET,
         };
-        let shared = Shared {
-            name: name.to_owned(),
-            inbox: Inbox::new(),
-            state: Wake::awake(),
-            wake,
-            stop: AtomicBool::new(false),
-            counters,
-        };
         Ok(Self {
-            handle: LoopHandle(Arc::new(shared)),
+            handle,
             local,
             readiness,
             timers,
             pollers: Vec::new(),
-            polling: Polling::new(poll),
+            polling: Polling::new(policy.poll),
+            shuffle: policy.shuffle.map(Shuffle::new),
             ready: Vec::with_capacity(64),
+            due: Vec::new(),
+            queued: [Batch::empty(), Batch::empty(), Batch::empty()],
             ring_watched: false,
-            accounted: Instant::now(),
+            accounted: now,
+            vain_turns: 0,
+            done: 0,
         })
+    }
+
+    /// A loop whose time stands still while it works and jumps to the next timer when it has
+    /// nothing to do: a test of hours takes no time and always goes the same way. It never sleeps.
+    pub fn in_virtual_time(name: &str, policy: impl Into<LoopPolicy>) -> io::Result<Self> {
+        let mut event_loop = Self::new(name, policy)?;
+        event_loop.local.clock = Clock::Virtual(event_loop.local.now);
+        Ok(event_loop)
+    }
+
+    /// The time of this loop.
+    pub fn now(&self) -> Instant {
+        clock::instant(self.local.clock.now())
     }
 
     /// Where to send work.
     pub fn handle(&self) -> LoopHandle {
         self.handle.clone()
+    }
+
+    pub(crate) fn is(&self, handle: &LoopHandle) -> bool {
+        self.handle == *handle
     }
 
     /// Turns until [`LoopHandle::stop`].
@@ -286,15 +172,63 @@ impl EventLoop {
     pub fn turn(&mut self) {
         self.park();
         self.local.counters.turns.add(1);
+        self.local.longest = [None, self.local.longest[0]];
+        self.readiness.take_ready(&mut self.ready);
+        if let Some(shuffle) = &mut self.shuffle {
+            shuffle.order(&mut self.ready);
+            shuffle.dawdle();
+        }
         self.dispatch_ready();
         self.dispatch_completions();
         self.dispatch_timers();
         self.dispatch_bottom_halves();
         self.submit();
+        self.note_progress();
     }
 
+    // Sources.
+
+    pub(crate) fn watch(&mut self, watched: &Arc<Watched>) {
+        if watched.is_gone() {
+            return;
+        }
+        if let Err(error) = self.readiness.add(watched) {
+            let name = self.handle.name();
+            eprintln!("heddle: thread {name}: cannot watch a file descriptor: {error}");
+        }
+    }
+
+    pub(crate) fn look_at(&mut self, peeked: &Arc<Peeked>) {
+        if !peeked.is_gone() {
+            self.pollers.push(Arc::clone(peeked));
+        }
+    }
+
+    pub(crate) fn look_away_from(&mut self, peeked: &Arc<Peeked>) {
+        self.pollers.retain(|it| !Arc::ptr_eq(it, peeked));
+    }
+
+    /// Lets go of what belongs to `place`, which is moving away.
+    pub(crate) fn detach(&mut self, place: &Arc<Place>) -> Sources {
+        let is_its = |it: &mut Arc<Peeked>| Arc::ptr_eq(&it.place, place);
+        Sources {
+            watched: self.readiness.detach(place),
+            alarms: self.timers.detach(place),
+            pollers: self.pollers.extract_if(.., is_its).collect(),
+        }
+    }
+
+    /// Takes on what another loop let go of. Each fd that is readable now fires once.
+    pub(crate) fn attach(&mut self, sources: Sources) {
+        sources.watched.iter().for_each(|watched| self.watch(watched));
+        sources.alarms.iter().for_each(|alarm| self.timers.insert(alarm));
+        sources.pollers.iter().for_each(|peeked| self.look_at(peeked));
+    }
+
+    // Parking.
+
     fn park(&mut self) {
-        let began = Instant::now();
+        let began = self.local.look();
         self.account(began, |counters| &counters.busy_ns);
         // Watched objects first and always: they have asked nobody to wake this loop.
         if self.peek() || self.timers.due(began) {
@@ -304,7 +238,9 @@ impl EventLoop {
         if self.poll(began) {
             return;
         }
-        if !self.settle() || self.has_work() {
+        let settled = self.settle();
+        self.run_idle();
+        if !settled || self.has_work() {
             self.readiness.look();
             return;
         }
@@ -312,14 +248,15 @@ impl EventLoop {
     }
 
     fn has_work(&self) -> bool {
-        !self.handle.0.inbox.is_empty()
+        self.handle.has_mail()
+            || self.queued.iter().any(|batch| !batch.is_empty())
             || self.local.ring.as_ref().is_some_and(|ring| ring.has_work())
     }
 
     /// Polls for as long as the policy says; true: there is work.
-    fn poll(&mut self, began: Instant) -> bool {
-        let limit = self.polling.limit();
-        if limit.is_zero() {
+    fn poll(&mut self, began: u64) -> bool {
+        let limit = self.polling.limit(began);
+        if limit.is_zero() || matches!(self.local.clock, Clock::Virtual(_)) {
             return false;
         }
         let found = loop {
@@ -334,27 +271,29 @@ impl EventLoop {
             if self.readiness.look() {
                 break true;
             }
-            let now = Instant::now();
+            let now = self.local.look();
             if self.timers.due(now) {
                 break true;
             }
-            if now.duration_since(began) >= limit {
+            if now - began >= limit.as_nanos() as u64 {
                 break false;
             }
         };
         let counters = &self.local.counters;
         let outcome = if found { &counters.poll_hits } else { &counters.poll_misses };
         outcome.add(1);
-        self.account(Instant::now(), |counters| &counters.poll_ns);
+        let now = self.local.look();
+        self.polling.polled(Duration::from_nanos(now - began));
+        self.account(now, |counters| &counters.poll_ns);
         found
     }
 
     /// Looks at all that lies in memory.
     fn peek(&self) -> bool {
         let mut found = self.has_work();
-        for entry in &self.pollers {
-            if entry.watching.load(Acquire) && (entry.ready)() {
-                self.handle.0.inbox.push(&entry.found);
+        for peeked in &self.pollers {
+            if peeked.is_ready() {
+                self.handle.post(&peeked.found, peeked.place.class);
                 found = true;
             }
         }
@@ -365,50 +304,77 @@ impl EventLoop {
     /// them found work instead and wants to be watched on.
     fn settle(&mut self) -> bool {
         let mut settled = true;
-        for entry in &self.pollers {
-            if entry.watching.load(Acquire) {
-                run(&entry.settle, &mut self.local);
-                settled &= !entry.watching.load(Acquire);
+        for peeked in &self.pollers {
+            if peeked.is_watched() {
+                run(&peeked.settle, &mut self.local);
+                settled &= !peeked.is_watched();
             }
         }
         self.submit();
         settled
     }
 
-    fn sleep(&mut self, began: Instant) {
-        self.account(Instant::now(), |counters| &counters.busy_ns);
-        self.timers.set_alarm(Instant::now());
+    /// Runs what waits for an idle moment, and not what that asks for in its turn.
+    fn run_idle(&mut self) {
+        for node in self.handle.take_idle() {
+            self.local.counters.idle_callbacks.add(1);
+            run(&node, &mut self.local);
+        }
+        self.submit();
+    }
+
+    fn sleep(&mut self, began: u64) {
+        if let Clock::Virtual(now) = &mut self.local.clock {
+            self.readiness.look();
+            *now = self.timers.next().unwrap_or(*now).max(*now);
+            return;
+        }
+        let now = self.local.look();
+        self.account(now, |counters| &counters.busy_ns);
+        self.timers.set_alarm(now);
         self.handle.0.state.falls_asleep();
-        if self.handle.0.inbox.is_empty() && !self.handle.0.stop.load(Acquire) {
+        if !self.handle.has_mail() && !self.handle.0.stop.load(Acquire) {
             self.local.counters.sleeps.add(1);
             self.readiness.wait();
         } else {
             self.readiness.look();
         }
         self.handle.0.state.woke_up();
-        let woke = Instant::now();
+        let woke = self.local.look();
         self.account(woke, |counters| &counters.sleep_ns);
-        self.polling.waited(woke.duration_since(began));
+        self.polling.waited(Duration::from_nanos(woke - began));
+        self.vain_turns = 0;
     }
 
-    fn account(&mut self, now: Instant, to: impl Fn(&Counters) -> &crate::counters::Counter) {
-        let spent = now.saturating_duration_since(self.accounted);
-        to(&self.local.counters).add(u64::try_from(spent.as_nanos()).unwrap_or(u64::MAX));
+    fn account(&mut self, now: u64, to: impl Fn(&Counters) -> &Counter) {
+        to(&self.local.counters).add(now - self.accounted);
         self.accounted = now;
     }
 
+    // The phases.
+
     fn dispatch_ready(&mut self) {
-        self.readiness.take_ready(&mut self.ready);
-        self.local.counters.fd_events.add(self.ready.len() as u64);
-        for node in self.ready.drain(..) {
-            run(&node, &mut self.local);
+        if self.ready.is_empty() {
+            return;
         }
+        self.local.look();
+        self.local.counters.fd_events.add(self.ready.len() as u64);
+        let mut ready = std::mem::take(&mut self.ready);
+        ready.sort_by_key(|watched| watched.place.class);
+        for watched in ready.drain(..) {
+            self.run_urgent(watched.place.class);
+            run(&watched.task, &mut self.local);
+        }
+        self.ready = ready;
     }
 
     fn dispatch_completions(&mut self) {
         let Some(ring) = self.local.ring.as_mut() else { return };
         ring.reap();
         let mut fired = ring.take_fired();
+        if let Some(shuffle) = &mut self.shuffle {
+            shuffle.order(&mut fired);
+        }
         for port in fired.drain(..) {
             run(port.event(), &mut self.local);
         }
@@ -418,20 +384,78 @@ impl EventLoop {
     }
 
     fn dispatch_timers(&mut self) {
-        let now = Instant::now();
-        while let Some(node) = self.timers.pop_due(now) {
-            self.local.counters.timers.add(1);
-            run(&node, &mut self.local);
+        if self.timers.next().is_none() {
+            return;
         }
+        let now = self.local.look();
+        let mut due = std::mem::take(&mut self.due);
+        due.extend(std::iter::from_fn(|| self.timers.pop_due(now)));
+        due.sort_by_key(|due| due.class);
+        for Due { deadline, class, fire } in due.drain(..) {
+            self.run_urgent(class);
+            let counters = &self.local.counters;
+            let late = self.local.now.saturating_sub(deadline);
+            counters.timers.add(1);
+            counters.timer_late_ns.add(late);
+            counters.activity.timer_was_late(late, self.culprit());
+            run(&fire, &mut self.local);
+        }
+        self.due = due;
+    }
+
+    /// Whose callback was most in the way of others, lately.
+    fn culprit(&self) -> Option<Owner> {
+        let recent = self.local.longest.iter().flatten();
+        recent.max_by_key(|(_, took)| *took).map(|(owner, _)| *owner)
     }
 
     fn dispatch_bottom_halves(&mut self) {
-        for node in self.handle.clone().0.inbox.take() {
-            self.local.counters.bottom_halves.add(1);
-            match &node.value {
-                Task::Run(f) => f(&mut Cx::new(&mut self.local)),
-                Task::Admin(f) => f(self),
+        for class in Class::ALL {
+            self.fetch(class);
+        }
+        let others = self.queued[..Class::Service as usize].iter().any(|batch| !batch.is_empty());
+        for class in Class::ALL {
+            let budget = match class {
+                Class::Service if others => SERVICE_BUDGET,
+                _ => PHASE_BUDGET,
+            };
+            let budget = self.shuffle.as_mut().map_or(budget, |it| it.below(budget));
+            for _ in 0..budget {
+                let Some(node) = self.queued[class as usize].next() else { break };
+                self.run_urgent(class);
+                self.run_bottom_half(&node);
             }
+        }
+    }
+
+    /// Takes new mail, unless there is some left that came before.
+    fn fetch(&mut self, class: Class) {
+        let queued = &mut self.queued[class as usize];
+        if queued.is_empty() {
+            *queued = self.handle.take(class);
+            if let Some(shuffle) = &mut self.shuffle {
+                *queued = shuffle.batch(std::mem::take(queued));
+            }
+        }
+    }
+
+    /// Before something of a class that is not urgent: whatever is.
+    fn run_urgent(&mut self, before: Class) {
+        if before == Class::Realtime || !self.handle.has_urgent_mail() {
+            return;
+        }
+        for _ in 0..URGENT_BUDGET {
+            self.fetch(Class::Realtime);
+            let Some(node) = self.queued[Class::Realtime as usize].next() else { return };
+            self.run_bottom_half(&node);
+        }
+    }
+
+    fn run_bottom_half(&mut self, node: &Arc<Node<Task>>) {
+        self.local.counters.bottom_halves.add(1);
+        match &node.value {
+            Task::Run(f) => f(&mut Cx::new(&mut self.local)),
+            Task::Admin(f) => f(self),
         }
     }
 
@@ -446,6 +470,26 @@ impl EventLoop {
             self.ring_watched = true;
         }
     }
+
+    /// Notices when the loop turns in circles.
+    fn note_progress(&mut self) {
+        let counters = &self.local.counters;
+        let Counters { fd_events, timers, ring_completions, requests, completions, .. } =
+            &**counters;
+        let done = [fd_events, timers, ring_completions, requests, completions];
+        let done = done.iter().fold(0, |sum: u64, counter| sum.wrapping_add(counter.get()));
+        if done != self.done {
+            if self.vain_turns >= VAIN_TURNS {
+                counters.activity.spins(None);
+            }
+            (self.done, self.vain_turns) = (done, 0);
+            return;
+        }
+        self.vain_turns = self.vain_turns.saturating_add(1);
+        if self.vain_turns == VAIN_TURNS {
+            counters.activity.spins(self.culprit());
+        }
+    }
 }
 
 impl Drop for EventLoop {
@@ -453,7 +497,8 @@ impl Drop for EventLoop {
     /// now: lets go of it. Who posts from here on lets go of it himself.
     fn drop(&mut self) {
         self.handle.0.state.ended();
-        drop(self.handle.0.inbox.take());
+        self.handle.clear();
+        self.queued.iter_mut().for_each(|batch| drop(std::mem::take(batch)));
     }
 }
 

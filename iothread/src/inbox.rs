@@ -96,6 +96,33 @@ impl<T> Batch<T> {
     pub(crate) fn is_empty(&self) -> bool {
         self.oldest.is_null()
     }
+
+    /// The nodes, which still count as queued.
+    pub(crate) fn into_nodes(mut self) -> Vec<Arc<Node<T>>> {
+        let mut nodes = Vec::new();
+        while !self.oldest.is_null() {
+            // SAFETY: as in `next`.
+            let node = unsafe { Arc::from_raw(self.oldest) };
+            self.oldest = node.next.load(Relaxed);
+            nodes.push(node);
+        }
+        nodes
+    }
+
+    /// A batch of what came out of [`Self::into_nodes`], in any order.
+    pub(crate) fn from_nodes(nodes: Vec<Arc<Node<T>>>) -> Self {
+        let link = |oldest, node: Arc<Node<T>>| {
+            node.next.store(oldest, Relaxed);
+            Arc::into_raw(node).cast_mut()
+        };
+        Self { oldest: nodes.into_iter().rev().fold(ptr::null_mut(), link) }
+    }
+}
+
+impl<T> Default for Batch<T> {
+    fn default() -> Self {
+        Self::empty()
+    }
 }
 
 impl<T> Iterator for Batch<T> {

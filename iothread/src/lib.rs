@@ -38,27 +38,40 @@
 //! }
 //! ```
 
+mod activity;
+mod class;
+mod clock;
 mod counters;
 mod cx;
 mod event_loop;
+mod handle;
 mod hold;
+mod idle;
 mod inbox;
+mod place;
 mod poll;
 mod readiness;
 mod reply;
 mod ring;
+mod shuffle;
+mod source;
 mod strand;
 mod sync;
 mod thread;
 mod timer;
 mod wake;
 
+pub use activity::{Activity, Spell};
+pub use class::Class;
 pub use counters::{Counter, Counters};
 pub use cx::{Cx, ExitCx, VcpuLoop};
-pub use event_loop::{EventLoop, FdSource, LoopHandle, Poller, Trigger};
+pub use event_loop::{EventLoop, LoopPolicy};
+pub use handle::LoopHandle;
+pub use idle::Idle;
 pub use poll::PollPolicy;
 pub use reply::{Answer, Blocking, Gone, Reply};
 pub use ring::{Operation, Port, Ring, RingFull};
+pub use source::{FdSource, Poller, Trigger};
 pub use strand::{Event, Progress, Strand};
 pub use thread::{
     Granted, Refused, Sched, Starting, Thread, ThreadSpec, available_cpus, raise_file_limit,

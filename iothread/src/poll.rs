@@ -2,14 +2,23 @@
 //!
 //! The time adapts to how long the loop really had to wait: a wait that polling could have
 //! covered makes it grow, a wait longer than the limit makes it shrink. These are the rules and
-//! defaults QEMU users know as `poll-max-ns`, `poll-grow` and `poll-shrink`.
+//! defaults QEMU users know as `poll-max-ns`, `poll-grow` and `poll-shrink`. Two things more bound
+//! it: a share of the CPU, and the end of all polling for a while when the kernel had to take the
+//! CPU away for somebody else.
 
 use std::time::Duration;
 
 /// The first step of growing from zero.
 const FIRST: Duration = Duration::from_micros(4);
 
-/// `poll = { max, grow, shrink }` of a thread.
+/// The CPU share is kept in every window of this length.
+const WINDOW_NS: u64 = 10_000_000;
+
+/// How long there is no polling after the CPU was wanted by others; doubled while it still is.
+const FIRST_PAUSE_NS: u64 = WINDOW_NS;
+const LONGEST_PAUSE_NS: u64 = 1_000_000_000;
+
+/// `poll = { max, grow, shrink, share }` of a thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PollPolicy {
     /// Longest time to poll; zero: never.
@@ -18,16 +27,18 @@ pub struct PollPolicy {
     pub grow: u32,
     /// Divisor of shrinking; 0 or 1: to nothing at once.
     pub shrink: u32,
+    /// The share of a CPU that polling may take, in percent of the time that passes.
+    pub share: u32,
 }
 
 impl PollPolicy {
     /// Never polls.
-    pub const OFF: Self = Self { max: Duration::ZERO, grow: 2, shrink: 0 };
+    pub const OFF: Self = Self { max: Duration::ZERO, grow: 2, shrink: 0, share: 100 };
 }
 
 impl Default for PollPolicy {
     fn default() -> Self {
-        Self { max: Duration::from_micros(32), grow: 2, shrink: 0 }
+        Self { max: Duration::from_micros(32), ..Self::OFF }
     }
 }
 
@@ -35,21 +46,43 @@ impl Default for PollPolicy {
 pub(crate) struct Polling {
     policy: PollPolicy,
     limit: Duration,
+    /// Nanoseconds that may be polled now, of those in one window.
+    credit: u64,
+    /// Until when they have been counted.
+    counted: u64,
+    contention: Contention,
 }
 
 impl Polling {
     pub(crate) fn new(policy: PollPolicy) -> Self {
-        Self { policy, limit: Duration::ZERO }
+        Self::with_limit(policy, Duration::ZERO)
     }
 
-    #[cfg(test)]
     pub(crate) fn with_limit(policy: PollPolicy, limit: Duration) -> Self {
-        Self { policy, limit }
+        Self { policy, limit, credit: 0, counted: 0, contention: Contention::default() }
     }
 
     /// How long to poll now.
-    pub(crate) fn limit(&self) -> Duration {
-        self.limit
+    pub(crate) fn limit(&mut self, now: u64) -> Duration {
+        if self.limit.is_zero() {
+            return self.limit;
+        }
+        if self.policy.share < 100 {
+            let share = u64::from(self.policy.share);
+            let passed = now.saturating_sub(self.counted).min(WINDOW_NS);
+            self.credit = (self.credit + passed * share / 100).min(WINDOW_NS * share / 100);
+            self.counted = now;
+            // A look costs something: too little is nothing.
+            if Duration::from_nanos(self.credit) < self.limit {
+                return Duration::ZERO;
+            }
+        }
+        if self.contention.forbids(now, involuntary_switches) { Duration::ZERO } else { self.limit }
+    }
+
+    /// So long was polled.
+    pub(crate) fn polled(&mut self, time: Duration) {
+        self.credit = self.credit.saturating_sub(time.as_nanos() as u64);
     }
 
     /// Learns from a wait that ended in sleep: how long there was nothing to do.
@@ -69,6 +102,51 @@ impl Polling {
     }
 }
 
+/// Does somebody else want this CPU?
+#[derive(Debug, Default)]
+struct Contention {
+    /// When a window of polling began, and how often the CPU had been taken away until then.
+    window: Option<(u64, u64)>,
+    pause: u64,
+    until: u64,
+}
+
+impl Contention {
+    /// `switches`: how often the kernel took the CPU from this thread so far.
+    fn forbids(&mut self, now: u64, switches: impl Fn() -> u64) -> bool {
+        if now < self.until {
+            return true;
+        }
+        match self.window {
+            None => self.window = Some((now, switches())),
+            Some((began, _)) if now - began < WINDOW_NS => {}
+            Some((_, before)) => {
+                let taken = switches();
+                self.window = Some((now, taken));
+                if taken == before {
+                    self.pause = 0;
+                } else {
+                    self.pause = (2 * self.pause).clamp(FIRST_PAUSE_NS, LONGEST_PAUSE_NS);
+                    self.until = now + self.pause;
+                    self.window = None;
+                }
+            }
+        }
+        now < self.until
+    }
+}
+
+#[expect(unsafe_code, reason = "getrusage of one thread")]
+fn involuntary_switches() -> u64 {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the kernel writes one rusage, for which zeros are a value too.
+    let usage = unsafe {
+        libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
+        usage.assume_init()
+    };
+    usage.ru_nivcsw as u64
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -80,8 +158,8 @@ mod tests {
         let mut polling = Polling::new(PollPolicy::default());
         let mut limits = Vec::new();
         for _ in 0..5 {
-            polling.waited(polling.limit() + US);
-            limits.push(polling.limit());
+            polling.waited(polling.limit + US);
+            limits.push(polling.limit);
         }
         // The fifth wait, 33 us, is longer than polling may ever last.
         assert_eq!(limits, [4 * US, 8 * US, 16 * US, 32 * US, Duration::ZERO]);
@@ -92,21 +170,55 @@ mod tests {
         let mut polling = Polling::new(PollPolicy::default());
         polling.waited(3 * US);
         polling.waited(2 * US);
-        assert_eq!(polling.limit(), FIRST);
+        assert_eq!(polling.limit, FIRST);
     }
 
     #[test]
     fn a_divisor_shrinks_step_by_step() {
         let policy = PollPolicy { shrink: 2, ..PollPolicy::default() };
-        let mut polling = Polling { policy, limit: 32 * US };
+        let mut polling = Polling::with_limit(policy, 32 * US);
         polling.waited(100 * US);
-        assert_eq!(polling.limit(), 16 * US);
+        assert_eq!(polling.limit, 16 * US);
     }
 
     #[test]
     fn off_never_polls() {
         let mut polling = Polling::new(PollPolicy::OFF);
         polling.waited(US);
-        assert!(polling.limit().is_zero());
+        assert!(polling.limit.is_zero());
+    }
+
+    #[test]
+    fn polling_takes_no_more_than_its_share() {
+        let policy = PollPolicy { share: 20, ..PollPolicy::default() };
+        let mut polling = Polling::with_limit(policy, 32 * US);
+        let (mut now, mut polled) = (1, 0);
+        while now < 1_000_000_000 {
+            let time = polling.limit(now);
+            polling.polled(time);
+            polled += time.as_nanos() as u64;
+            now += time.as_nanos() as u64 + 3_000;
+        }
+        assert!((150_000_000..202_000_000).contains(&polled), "{polled} ns in a second");
+    }
+
+    #[test]
+    fn polling_pauses_longer_and_longer_while_others_want_the_cpu_and_then_goes_on() {
+        let mut contention = Contention::default();
+        let mut now = 1;
+        let mut polled_ms = |wanted: bool, switches: &mut u64| {
+            let mut polled = 0;
+            for _ in 0..2_000 {
+                now += 1_000_000;
+                *switches += u64::from(wanted);
+                polled += u32::from(!contention.forbids(now, || *switches));
+            }
+            polled
+        };
+        let mut switches = 7;
+        assert!(polled_ms(false, &mut switches) > 1_990);
+        let contended = polled_ms(true, &mut switches);
+        assert!(contended < 200, "{contended} of 2000 ms");
+        assert!(polled_ms(false, &mut switches) > 900);
     }
 }

@@ -1,42 +1,29 @@
 //! File descriptors: which are ready. Built on event-manager, which owns the epoll.
 
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
 };
 
-use crate::event_loop::Task;
-use crate::inbox::Node;
+use crate::place::Place;
+use crate::source::{Trigger, Watched};
 
 /// Fds reported by one look.
 const CAPACITY: usize = 256;
 
-/// How an fd reports that it is readable.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Trigger {
-    /// Once per write: for eventfds, which then need not be read.
-    Edge,
-    /// As long as it is readable: the callback must read it dry.
-    Level,
-}
-
-/// Names a watched fd.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Token(pub(crate) u32);
-
 /// The token of fds that only end a wait.
-const WAKE_UP: Token = Token(u32::MAX);
+const WAKE_UP: u32 = u32::MAX;
 
 /// The only subscriber of the event manager: it notes what is ready and runs nothing, because
 /// callbacks run in the phase of the turn that is theirs.
-struct Noted(Vec<Token>);
+struct Noted(Vec<u32>);
 
 impl MutEventSubscriber for Noted {
     fn process(&mut self, events: Events, _: &mut EventOps<'_>) {
-        self.0.push(Token(events.data()));
+        self.0.push(events.data());
     }
 
     fn init(&mut self, _: &mut EventOps<'_>) {}
@@ -46,7 +33,8 @@ impl MutEventSubscriber for Noted {
 pub(crate) struct Readiness {
     manager: EventManager<Noted>,
     id: SubscriberId,
-    tasks: Vec<Option<Arc<Node<Task>>>>,
+    /// By token.
+    watched: Vec<Option<Arc<Watched>>>,
 }
 
 impl Readiness {
@@ -54,25 +42,19 @@ impl Readiness {
         let mut manager = EventManager::new_with_capacity(CAPACITY)
             .map_err(|e| io::Error::other(e.to_string()))?;
         let id = manager.add_subscriber(Noted(Vec::with_capacity(CAPACITY)));
-        Ok(Self { manager, id, tasks: Vec::new() })
+        Ok(Self { manager, id, watched: Vec::new() })
     }
 
-    /// Fires `task` when `fd` is readable, until [`Self::remove`].
-    pub(crate) fn add(
-        &mut self,
-        fd: RawFd,
-        trigger: Trigger,
-        task: Arc<Node<Task>>,
-    ) -> io::Result<Token> {
-        let free = self.tasks.iter().position(Option::is_none).unwrap_or(self.tasks.len());
-        let token = Token(u32::try_from(free).map_err(io::Error::other)?);
-        self.register(fd, trigger, token)?;
-        if free == self.tasks.len() {
-            self.tasks.push(Some(task));
-        } else {
-            self.tasks[free] = Some(task);
+    /// Reports an fd when it is readable, until [`Self::remove`].
+    pub(crate) fn add(&mut self, watched: &Arc<Watched>) -> io::Result<()> {
+        let free = self.watched.iter().position(Option::is_none).unwrap_or(self.watched.len());
+        let token = u32::try_from(free).map_err(io::Error::other)?;
+        self.register(watched.fd.as_raw_fd(), watched.trigger, token)?;
+        if free == self.watched.len() {
+            self.watched.push(None);
         }
-        Ok(token)
+        self.watched[free] = Some(Arc::clone(watched));
+        Ok(())
     }
 
     /// Lets `fd` end a wait, no more. Its readable state is somebody else's business.
@@ -80,27 +62,39 @@ impl Readiness {
         self.register(fd, Trigger::Edge, WAKE_UP)
     }
 
-    fn register(&mut self, fd: RawFd, trigger: Trigger, token: Token) -> io::Result<()> {
+    fn register(&mut self, fd: RawFd, trigger: Trigger, token: u32) -> io::Result<()> {
         let mut set = EventSet::IN;
         if trigger == Trigger::Edge {
             set |= EventSet::EDGE_TRIGGERED;
         }
         self.manager
             .event_ops(self.id)
-            .and_then(|mut ops| ops.add(Events::with_data_raw(fd, token.0, set)))
+            .and_then(|mut ops| ops.add(Events::with_data_raw(fd, token, set)))
             .map_err(|e| io::Error::other(format!("{e:?}")))
     }
 
     /// Stops watching. Must come before the fd is closed: event-manager panics on an event of an
     /// fd it does not know.
-    pub(crate) fn remove(&mut self, fd: RawFd, token: Token) {
-        if let Ok(mut ops) = self.manager.event_ops(self.id) {
-            // Fails only for an fd that was never added.
-            let _ = ops.remove(Events::with_data_raw(fd, token.0, EventSet::IN));
+    pub(crate) fn remove(&mut self, watched: &Arc<Watched>) {
+        let is_it =
+            |it: &Option<Arc<Watched>>| it.as_ref().is_some_and(|it| Arc::ptr_eq(it, watched));
+        if let Some(token) = self.watched.iter().position(is_it) {
+            self.watched[token] = None;
+            if let Ok(mut ops) = self.manager.event_ops(self.id) {
+                let fd = watched.fd.as_raw_fd();
+                // Fails only for an fd that was never added.
+                let _ = ops.remove(Events::with_data_raw(fd, token as u32, EventSet::IN));
+            }
         }
-        if let Some(task) = self.tasks.get_mut(token.0 as usize) {
-            *task = None;
-        }
+    }
+
+    /// Stops watching the fds of a place that is moving away.
+    pub(crate) fn detach(&mut self, place: &Arc<Place>) -> Vec<Arc<Watched>> {
+        let all = self.watched.iter().flatten();
+        let moving: Vec<_> =
+            all.filter(|it| Arc::ptr_eq(&it.place, place)).map(Arc::clone).collect();
+        moving.iter().for_each(|watched| self.remove(watched));
+        moving
     }
 
     /// Looks without waiting; true: something is ready.
@@ -118,12 +112,12 @@ impl Readiness {
         self.manager.run_with_timeout(timeout_ms).is_ok_and(|count| count > 0)
     }
 
-    /// Moves the tasks of all ready fds to `into`.
-    pub(crate) fn take_ready(&mut self, into: &mut Vec<Arc<Node<Task>>>) {
+    /// Moves all ready fds to the end of `into`.
+    pub(crate) fn take_ready(&mut self, into: &mut Vec<Arc<Watched>>) {
         let Ok(noted) = self.manager.subscriber_mut(self.id) else { return };
         for token in noted.0.drain(..) {
-            if let Some(Some(task)) = self.tasks.get(token.0 as usize) {
-                into.push(Arc::clone(task));
+            if let Some(Some(watched)) = self.watched.get(token as usize) {
+                into.push(Arc::clone(watched));
             }
         }
     }

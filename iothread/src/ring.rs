@@ -15,8 +15,9 @@ use io_uring::{IoUring, opcode, squeue, types};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::counters::Counters;
-use crate::event_loop::{LoopHandle, Task};
+use crate::handle::Task;
 use crate::inbox::Node;
+use crate::place::Place;
 use crate::strand::Event;
 
 /// Submissions between two `io_uring_enter`s.
@@ -36,7 +37,7 @@ pub struct Port {
     done: Box<[AtomicU64]>,
     results: Box<[AtomicI32]>,
     event: Arc<Node<Task>>,
-    home: LoopHandle,
+    place: Arc<Place>,
 }
 
 impl std::fmt::Debug for Port {
@@ -53,7 +54,7 @@ impl Port {
             done: (0..slots.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
             results: (0..slots).map(|_| AtomicI32::new(0)).collect(),
             event: Arc::clone(event.posted()),
-            home: event.home().clone(),
+            place: Arc::clone(event.place()),
         })
     }
 
@@ -78,7 +79,7 @@ impl Port {
     /// other means than a ring. Any thread may call this, once per operation.
     pub fn post(&self, slot: u16, result: i32) {
         self.put(slot, result);
-        self.home.post(&self.event);
+        self.place.home().post(&self.event, self.place.class);
     }
 
     fn put(&self, slot: u16, result: i32) {

@@ -12,8 +12,8 @@ use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::JoinHandle;
 
-use crate::event_loop::{EventLoop, LoopHandle};
-use crate::poll::PollPolicy;
+use crate::event_loop::{EventLoop, LoopPolicy};
+use crate::handle::LoopHandle;
 
 /// Host CPUs that this code can name; the kernel's largest NR_CPUS on x86_64.
 const MAX_CPUS: usize = 8192;
@@ -155,10 +155,14 @@ pub fn start_thread(
 }
 
 /// Starts a thread with a loop.
-pub fn spawn_loop(spec: ThreadSpec, poll: PollPolicy) -> io::Result<(LoopHandle, Thread)> {
+pub fn spawn_loop(
+    spec: ThreadSpec,
+    policy: impl Into<LoopPolicy>,
+) -> io::Result<(LoopHandle, Thread)> {
+    let policy = policy.into();
     let (sender, receiver) = sync_channel(1);
     let name = spec.name.clone();
-    let thread = spawn(spec, move || match EventLoop::new(&name, poll) {
+    let thread = spawn(spec, move || match EventLoop::new(&name, policy) {
         Ok(event_loop) => {
             if sender.send(Ok(event_loop.handle())).is_ok() {
                 event_loop.run();

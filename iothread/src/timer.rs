@@ -2,58 +2,67 @@
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::*};
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::event_loop::{LoopHandle, Task};
+use crate::class::Class;
+use crate::clock::nanos;
+use crate::event_loop::EventLoop;
+use crate::handle::Task;
 use crate::inbox::Node;
+use crate::place::Place;
 
 /// No deadline.
 const OFF: u64 = 0;
 
-/// Deadlines are nanoseconds after this moment, so that they fit an atomic.
-fn since_start(at: Instant) -> u64 {
-    static START: OnceLock<Instant> = OnceLock::new();
-    let start = *START.get_or_init(Instant::now);
-    let elapsed = at.saturating_duration_since(start).as_nanos();
-    u64::try_from(elapsed).unwrap_or(u64::MAX).max(1)
-}
-
-struct Alarm {
+pub(crate) struct Alarm {
+    /// In nanoseconds, so that it fits an atomic.
     deadline: AtomicU64,
     fire: Arc<Node<Task>>,
+    place: Arc<Place>,
 }
 
 /// Fires an event at a moment. Arming it again moves the moment; dropping it cancels.
 pub struct Timer {
     alarm: Arc<Alarm>,
     rearm: Arc<Node<Task>>,
-    home: LoopHandle,
 }
 
-impl std::fmt::Debug for Timer {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Timer").field("home", &self.home).finish_non_exhaustive()
+impl fmt::Debug for Timer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Timer").field("home", self.alarm.place.home()).finish_non_exhaustive()
     }
 }
 
 impl Timer {
-    pub(crate) fn new(home: &LoopHandle, fire: &Arc<Node<Task>>) -> Self {
-        let alarm = Arc::new(Alarm { deadline: AtomicU64::new(OFF), fire: Arc::clone(fire) });
+    pub(crate) fn new(fire: &Arc<Node<Task>>, place: &Arc<Place>) -> Self {
+        let (fire, place) = (Arc::clone(fire), Arc::clone(place));
+        let alarm = Arc::new(Alarm { deadline: AtomicU64::new(OFF), fire, place });
         let armed = Arc::clone(&alarm);
-        let rearm = Task::Admin(Box::new(move |event_loop| event_loop.timers.insert(&armed)));
-        Self { alarm, rearm: Arc::new(Node::new(rearm)), home: home.clone() }
+        let rearm = Arc::new_cyclic(|rearm: &std::sync::Weak<Node<Task>>| {
+            let rearm = rearm.clone();
+            Node::new(Task::Admin(Box::new(move |event_loop: &mut EventLoop| {
+                if event_loop.is(armed.place.home()) {
+                    event_loop.timers.insert(&armed);
+                } else if let Some(rearm) = rearm.upgrade() {
+                    armed.place.home().post(&rearm, armed.place.class);
+                }
+            })))
+        });
+        Self { alarm, rearm }
     }
 
     /// Fires once, at `at` or as soon after it as the loop can. Any thread may call this.
     pub fn arm_at(&self, at: Instant) {
-        self.alarm.deadline.store(since_start(at), Release);
-        self.home.post(&self.rearm);
+        self.alarm.deadline.store(nanos(at), Release);
+        let place = &self.alarm.place;
+        place.home().post(&self.rearm, place.class);
     }
 
     /// Fires no more until armed again; an event already fired is not taken back.
@@ -116,7 +125,7 @@ impl Timers {
         Ok(Self { heap: BinaryHeap::new(), sequence: 0, fd, alarm: OFF })
     }
 
-    fn insert(&mut self, alarm: &Arc<Alarm>) {
+    pub(crate) fn insert(&mut self, alarm: &Arc<Alarm>) {
         let deadline = alarm.deadline.load(Acquire);
         if deadline != OFF {
             self.sequence += 1;
@@ -126,7 +135,7 @@ impl Timers {
     }
 
     /// The next deadline, without those that were cancelled or moved.
-    fn next(&mut self) -> Option<u64> {
+    pub(crate) fn next(&mut self) -> Option<u64> {
         while let Some(Reverse(entry)) = self.heap.peek() {
             if entry.is_current() {
                 return Some(entry.deadline);
@@ -136,30 +145,47 @@ impl Timers {
         None
     }
 
-    pub(crate) fn due(&mut self, now: Instant) -> bool {
-        !self.heap.is_empty() && self.next().is_some_and(|deadline| deadline <= since_start(now))
+    pub(crate) fn due(&mut self, now: u64) -> bool {
+        !self.heap.is_empty() && self.next().is_some_and(|deadline| deadline <= now)
     }
 
-    /// The event of the next timer due at `now`; the timer is off afterwards.
-    pub(crate) fn pop_due(&mut self, now: Instant) -> Option<Arc<Node<Task>>> {
-        if !self.due(now) {
-            return None;
+    /// The next timer that is due at `now`: its deadline and its task. It is off afterwards.
+    pub(crate) fn pop_due(&mut self, now: u64) -> Option<Due> {
+        while self.due(now) {
+            let Reverse(Entry { deadline, alarm, .. }) = self.heap.pop()?;
+            // Another thread may be arming it again right now: then this deadline is void.
+            if alarm.deadline.compare_exchange(deadline, OFF, AcqRel, Acquire).is_ok() {
+                return Some(Due {
+                    deadline,
+                    class: alarm.place.class,
+                    fire: Arc::clone(&alarm.fire),
+                });
+            }
         }
-        let Reverse(entry) = self.heap.pop()?;
-        // Another thread may be arming it again right now: then this deadline is void.
-        entry
-            .alarm
-            .deadline
-            .compare_exchange(entry.deadline, OFF, AcqRel, Acquire)
-            .ok()
-            .map(|_| Arc::clone(&entry.alarm.fire))
-            .or_else(|| self.pop_due(now))
+        None
+    }
+
+    /// The timers of a place that is moving away.
+    pub(crate) fn detach(&mut self, place: &Arc<Place>) -> Vec<Arc<Alarm>> {
+        let mut moving = Vec::new();
+        let all = std::mem::take(&mut self.heap);
+        self.heap = all
+            .into_iter()
+            .filter(|Reverse(entry)| {
+                let moves = Arc::ptr_eq(&entry.alarm.place, place);
+                if moves && entry.is_current() {
+                    moving.push(Arc::clone(&entry.alarm));
+                }
+                !moves
+            })
+            .collect();
+        moving
     }
 
     /// Sets the timerfd so that a sleep ends at the next deadline.
-    pub(crate) fn set_alarm(&mut self, now: Instant) {
+    pub(crate) fn set_alarm(&mut self, now: u64) {
         let next = self.next().unwrap_or(OFF);
-        if next == self.alarm && next > since_start(now) {
+        if next == self.alarm && next > now {
             return;
         }
         if next == OFF && self.alarm == OFF {
@@ -167,12 +193,19 @@ impl Timers {
         }
         let delay = match next {
             OFF => Duration::ZERO, // disarms
-            at => Duration::from_nanos(at.saturating_sub(since_start(now)).max(1)),
+            at => Duration::from_nanos(at.saturating_sub(now).max(1)),
         };
         // Can only fail for a bad fd or an absurd delay; then the loop still runs its other work.
         let _ = self.fd.reset(delay, None);
         self.alarm = next;
     }
+}
+
+/// A timer that has expired.
+pub(crate) struct Due {
+    pub(crate) deadline: u64,
+    pub(crate) class: Class,
+    pub(crate) fire: Arc<Node<Task>>,
 }
 
 impl AsRawFd for Timers {

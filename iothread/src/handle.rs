@@ -1,0 +1,166 @@
+//! A loop, seen from outside: where to send work.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::class::Class;
+use crate::counters::Counters;
+use crate::cx::Cx;
+use crate::event_loop::EventLoop;
+use crate::inbox::{Batch, Inbox, Node};
+use crate::reply::Reply;
+use crate::sync::{AtomicBool, Ordering::*};
+use crate::wake::{Owed, Wake};
+
+/// Something a loop can be asked to do.
+pub(crate) enum Task {
+    /// Work; every thread can run it.
+    Run(Box<dyn Fn(&mut Cx<'_>) + Send + Sync>),
+    /// A change to the loop itself.
+    Admin(Box<dyn Fn(&mut EventLoop) + Send + Sync>),
+}
+
+impl Task {
+    pub(crate) fn run(f: impl Fn(&mut Cx<'_>) + Send + Sync + 'static) -> Self {
+        Self::Run(Box::new(f))
+    }
+}
+
+pub(crate) struct Shared {
+    name: String,
+    /// By class.
+    inboxes: [Inbox<Task>; 3],
+    /// What is to run when there is nothing else.
+    idle: Inbox<Task>,
+    pub(crate) state: Wake,
+    pub(crate) wake: EventFd,
+    pub(crate) stop: AtomicBool,
+    pub(crate) counters: Arc<Counters>,
+}
+
+/// A loop, seen from outside: where to send work. Cheap to clone.
+#[derive(Clone)]
+pub struct LoopHandle(pub(crate) Arc<Shared>);
+
+impl fmt::Debug for LoopHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("LoopHandle").field(&self.0.name).finish()
+    }
+}
+
+impl PartialEq for LoopHandle {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for LoopHandle {}
+
+impl LoopHandle {
+    pub(crate) fn new(name: &str) -> io::Result<Self> {
+        Ok(Self(Arc::new(Shared {
+            name: name.to_owned(),
+            inboxes: [Inbox::new(), Inbox::new(), Inbox::new()],
+            idle: Inbox::new(),
+            state: Wake::awake(),
+            wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            stop: AtomicBool::new(false),
+            counters: Arc::default(),
+        })))
+    }
+
+    /// The loop's name.
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// The counters of the loop's thread.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.0.counters
+    }
+
+    /// Ends the loop after the turn it is in.
+    pub fn stop(&self) {
+        self.0.stop.store(true, Release);
+        self.wake();
+    }
+
+    /// Answers when all that was sent to the loop before has been run.
+    pub fn barrier(&self) -> Reply<()> {
+        let (answer, reply) = Reply::pair();
+        // Through one class after the other: what waits in each was there before.
+        let last = move |event_loop: &mut EventLoop| {
+            event_loop.handle().admin_as(Class::Service, move |_| answer.give(()));
+        };
+        let second = move |event_loop: &mut EventLoop| {
+            event_loop.handle().admin_as(Class::Normal, last);
+        };
+        self.admin_as(Class::Realtime, second);
+        reply
+    }
+
+    /// Queues a node; wakes the loop only if it sleeps.
+    pub(crate) fn post(&self, node: &Arc<Node<Task>>, class: Class) {
+        self.0.inboxes[class as usize].push(node);
+        self.wake();
+    }
+
+    /// Queues a node for when the loop has nothing else to do. That alone wakes no loop.
+    pub(crate) fn post_idle(&self, node: &Arc<Node<Task>>) {
+        self.0.idle.push(node);
+        if let Owed::Removal = self.0.state.posted() {
+            self.clear();
+        }
+    }
+
+    /// Sees to it that the loop notices what this thread did before.
+    fn wake(&self) {
+        match self.0.state.posted() {
+            Owed::Nothing => {}
+            Owed::Signal => {
+                // An eventfd refuses only when 2^64 - 2 wake-ups are pending: it is readable then.
+                let _ = self.0.wake.write(1);
+            }
+            Owed::Removal => self.clear(),
+        }
+    }
+
+    pub(crate) fn admin(&self, f: impl FnOnce(&mut EventLoop) + Send + 'static) {
+        self.admin_as(Class::Normal, f);
+    }
+
+    fn admin_as(&self, class: Class, f: impl FnOnce(&mut EventLoop) + Send + 'static) {
+        let once = crate::strand::Once::new(f);
+        let task = Task::Admin(Box::new(move |event_loop| {
+            if let Some(f) = once.take() {
+                f(event_loop);
+            }
+        }));
+        self.post(&Arc::new(Node::new(task)), class);
+    }
+
+    /// Has anything been posted, but for idle times?
+    pub(crate) fn has_mail(&self) -> bool {
+        self.0.inboxes.iter().any(|inbox| !inbox.is_empty())
+    }
+
+    pub(crate) fn has_urgent_mail(&self) -> bool {
+        !self.0.inboxes[Class::Realtime as usize].is_empty()
+    }
+
+    pub(crate) fn take(&self, class: Class) -> Batch<Task> {
+        self.0.inboxes[class as usize].take()
+    }
+
+    pub(crate) fn take_idle(&self) -> Batch<Task> {
+        self.0.idle.take()
+    }
+
+    /// Lets go of all that was posted.
+    pub(crate) fn clear(&self) {
+        self.0.inboxes.iter().chain([&self.0.idle]).for_each(|inbox| drop(inbox.take()));
+    }
+}
