@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK};
 
 use crate::counters::Counters;
 use crate::cx::{Cx, Local};
@@ -19,7 +19,7 @@ use crate::inbox::{Inbox, Node};
 use crate::poll::{PollPolicy, Polling};
 use crate::readiness::{Readiness, Token};
 use crate::reply::{self, Reply};
-use crate::sync::{AtomicBool, Ordering::*};
+use crate::sync::{AtomicBool, EventFd, Ordering::*};
 use crate::timer::Timers;
 use crate::wake::{Owed, Wake};
 
@@ -378,8 +378,9 @@ impl EventLoop {
     fn sleep(&mut self, began: Instant) {
         self.account(Instant::now(), |counters| &counters.busy_ns);
         self.timers.set_alarm(Instant::now());
-        self.handle.0.state.falls_asleep();
-        if self.handle.0.inbox.is_empty() && !self.handle.0.stop.load(Acquire) {
+        let shared = &self.handle.0;
+        let idle = || shared.inbox.is_empty() && !shared.stop.load(Acquire);
+        if shared.state.falls_asleep(idle) {
             self.local.counters.sleeps.add(1);
             self.readiness.wait();
         } else {
@@ -452,8 +453,7 @@ impl Drop for EventLoop {
     /// What is still queued may hold handles of this very loop, and answers that will never come
     /// now: lets go of it. Who posts from here on lets go of it himself.
     fn drop(&mut self) {
-        self.handle.0.state.ended();
-        drop(self.handle.0.inbox.take());
+        self.handle.0.state.ends(|| drop(self.handle.0.inbox.take()));
     }
 }
 
@@ -463,5 +463,5 @@ fn run(node: &Arc<Node<Task>>, local: &mut Local) {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests;

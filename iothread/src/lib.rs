@@ -37,13 +37,19 @@
 //!     *strand.object
 //! }
 //! ```
+//!
+//! What the compiler cannot keep is tried in models: `docs/loop.md`.
 
+mod announce;
 mod counters;
 mod cx;
 mod event_loop;
 mod hold;
 mod inbox;
+#[cfg(loom)]
+mod models;
 mod poll;
+#[cfg_attr(loom, path = "models/readiness.rs")]
 mod readiness;
 mod reply;
 mod ring;
@@ -53,6 +59,7 @@ mod thread;
 mod timer;
 mod wake;
 
+pub use announce::announce;
 pub use counters::{Counter, Counters};
 pub use cx::{Cx, ExitCx, VcpuLoop};
 pub use event_loop::{EventLoop, FdSource, LoopHandle, Poller, Trigger};

@@ -42,7 +42,7 @@ impl Polling {
         Self { policy, limit: Duration::ZERO }
     }
 
-    #[cfg(test)]
+    #[cfg(all(test, not(loom)))]
     pub(crate) fn with_limit(policy: PollPolicy, limit: Duration) -> Self {
         Self { policy, limit }
     }
@@ -69,7 +69,7 @@ impl Polling {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 

@@ -5,9 +5,7 @@
 
 #![expect(unsafe_code, reason = "the hold, not the borrow checker, makes the object exclusive")]
 
-use std::cell::UnsafeCell;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
 use std::sync::{Arc, Weak};
 
 use crate::cx::{Cx, ExitCx};
@@ -15,6 +13,7 @@ use crate::event_loop::{FdSource, LoopHandle, Poller, Task, Trigger};
 use crate::hold::Hold;
 use crate::inbox::{Batch, Inbox, Node};
 use crate::reply::Reply;
+use crate::sync::{AtomicBool, Ordering::AcqRel, UnsafeCell};
 use crate::timer::Timer;
 
 /// What a callback leaves behind.
@@ -67,12 +66,9 @@ impl<T: Send + 'static> Core<T> {
             if !self.run(held, letter, cx) {
                 return self.hand_over(cx);
             }
-        } else {
-            self.inbox.push(letter);
-            if !self.hold.leave_mail() {
-                cx.counters().left.add(1);
-                return;
-            }
+        } else if !self.hold.leave(|| self.inbox.push(letter)) {
+            cx.counters().left.add(1);
+            return;
         }
         self.serve(cx);
     }
@@ -96,8 +92,7 @@ impl<T: Send + 'static> Core<T> {
             if self.hold.release() {
                 return;
             }
-            self.hold.open_mail();
-            held.backlog = self.inbox.take();
+            held.backlog = self.hold.open_mail(|| self.inbox.take());
         }
     }
 
@@ -229,7 +224,7 @@ unsafe impl<F: Send> Sync for Once<F> {}
 
 impl<F> Once<F> {
     pub(crate) fn new(value: F) -> Self {
-        Self { taken: false.into(), value: UnsafeCell::new(Some(value)) }
+        Self { taken: AtomicBool::new(false), value: UnsafeCell::new(Some(value)) }
     }
 
     pub(crate) fn take(&self) -> Option<F> {
