@@ -77,10 +77,11 @@ fn write(out: &mut String, plan: &Plan) -> std::fmt::Result {
         writeln!(out, "sched = {}", sched(thread.sched))?;
         writeln!(
             out,
-            "poll = {{ max = \"{}\", grow = {}, shrink = {} }}",
+            "poll = {{ max = \"{}\", grow = {}, shrink = {}, share = {} }}",
             format_time(poll.max),
             poll.grow,
-            poll.shrink
+            poll.shrink,
+            poll.share
         )?;
     }
     for disk in &plan.disks {

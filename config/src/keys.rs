@@ -254,6 +254,12 @@ static POLL: Table = table(&[
     key("max", Text(r#""off" | TIME"#), Value("\"32us\""), "Poll at most so long before a sleep."),
     key("grow", Int(2, 1000), Value("2"), "Factor by which the polling time grows."),
     key("shrink", Int(0, 1000), Value("0"), "Divisor by which it shrinks; 0: to nothing at once."),
+    key(
+        "share",
+        Int(1, 100),
+        Value("100"),
+        "Percent of a CPU's time that polling takes at the most.",
+    ),
 ]);
 
 static DISK: Table = table(&[

@@ -222,7 +222,7 @@ impl Default for Sched {
     }
 }
 
-/// `poll = "off" | "32us" | { max, grow, shrink }`.
+/// `poll = "off" | "32us" | { max, grow, shrink, share }`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Poll {
@@ -233,6 +233,8 @@ pub struct Poll {
     pub grow: u32,
     /// Divisor by which it shrinks; 0 or 1: to zero at once.
     pub shrink: u32,
+    /// The share of a CPU's time that polling may take, in percent.
+    pub share: u32,
 }
 
 /// Where the work of one queue is done.

@@ -50,7 +50,7 @@ fn nothing_is_needed() {
     assert_eq!((plan.machine.topology, plan.machine.debug_exit), (flat, false));
     assert_eq!(plan.machine.transport, Transport::Pci);
     assert_eq!((plan.boot.kernel, plan.disks.len(), plan.rngs.len()), (None, 0, 0));
-    let poll = Poll { max: Duration::from_micros(32), grow: 2, shrink: 0 };
+    let poll = Poll { max: Duration::from_micros(32), grow: 2, shrink: 0, share: 100 };
     let main = Thread { name: "main".into(), cpus: None, sched: Sched::Other { nice: 0 }, poll };
     assert_eq!(plan.threads, [main]);
     assert_eq!(plan.serials, [Serial { name: "com1".into(), out: SerialOut::Stdio }]);
@@ -113,7 +113,7 @@ fn everything_can_be_said() {
         [thread.Io_0-a]
         cpus = "0-4,^3,1030"
         sched = { policy = "batch", nice = -3 }
-        poll = { max = "1.5ms", grow = 3, shrink = 2 }
+        poll = { max = "1.5ms", grow = 3, shrink = 2, share = 25 }
         [thread.idle]
         sched = { policy = "idle" }
         poll = "off"
@@ -166,7 +166,10 @@ fn everything_can_be_said() {
     assert_eq!(plan.threads[0].cpus.as_ref().unwrap().to_string(), "3");
     assert_eq!(plan.threads[1].cpus.as_ref().unwrap().to_string(), "0-2,4,1030");
     assert_eq!(plan.threads[1].sched, Sched::Batch { nice: -3 });
-    assert_eq!(plan.threads[1].poll, Poll { max: Duration::from_micros(1500), grow: 3, shrink: 2 });
+    assert_eq!(
+        plan.threads[1].poll,
+        Poll { max: Duration::from_micros(1500), grow: 3, shrink: 2, share: 25 }
+    );
     assert_eq!((plan.threads[2].sched, plan.threads[2].poll.max), (Sched::Idle, Duration::ZERO));
     let [file, made, scratch] = plan.disks.as_slice() else { panic!() };
     assert_eq!(file.source, DiskSource::File("/base/sub/x.img".into()));
@@ -227,7 +230,10 @@ fn set_works_on_either_form() {
     assert_eq!(sets(huge, &["machine.memory=8M"]).plan.machine.hugepages, Some(2 << 20));
     let polls = "[thread.io]\npoll = \"off\"";
     let poll = |set| sets(polls, &[set]).plan.threads[1].poll;
-    assert_eq!(poll("thread.io.poll.grow=4"), Poll { max: Duration::ZERO, grow: 4, shrink: 0 });
+    assert_eq!(
+        poll("thread.io.poll.grow=4"),
+        Poll { max: Duration::ZERO, grow: 4, shrink: 0, share: 100 }
+    );
     assert_eq!(poll("thread.io.poll=5us").max, Duration::from_micros(5));
 }
 

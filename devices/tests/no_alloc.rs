@@ -124,7 +124,7 @@ fn allocations(case: Case, device: impl VirtioDevice, chain: fn(&Mem, u64) -> Ve
     let handle = home.handle.clone();
     std::thread::spawn(move || {
         let blocking = Blocking::on_this_thread().unwrap();
-        let on_loop = Strand::new(&handle, ());
+        let on_loop = Strand::new("test", &handle, ());
         on_loop.call(|_, _| WATCH.set(Some(watch))).wait(&blocking).unwrap();
         let mut vcpu = VcpuLoop::enter();
         let placement = match case.on_vcpu {

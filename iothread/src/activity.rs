@@ -1,7 +1,5 @@
 //! What a thread is doing right now, and what it has done for longest: to be read by others.
 
-#![cfg_attr(loom, expect(dead_code, reason = "the models ask nobody"))]
-
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;

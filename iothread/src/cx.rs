@@ -142,6 +142,14 @@ impl VcpuLoop {
         }
     }
 
+    /// As [`enter`](Self::enter), with another budget.
+    #[cfg(all(test, loom))]
+    pub(crate) fn with_budget(budget: u32) -> Self {
+        let mut vcpu = Self::enter();
+        vcpu.local.budget = budget;
+        vcpu
+    }
+
     /// The counters of this thread.
     pub fn counters(&self) -> &Arc<Counters> {
         &self.local.counters

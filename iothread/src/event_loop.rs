@@ -332,8 +332,7 @@ impl EventLoop {
         let now = self.local.look();
         self.account(now, |counters| &counters.busy_ns);
         self.timers.set_alarm(now);
-        self.handle.0.state.falls_asleep();
-        if !self.handle.has_mail() && !self.handle.0.stop.load(Acquire) {
+        if self.handle.falls_asleep() {
             self.local.counters.sleeps.add(1);
             self.readiness.wait();
         } else {
@@ -454,8 +453,8 @@ impl EventLoop {
     fn run_bottom_half(&mut self, node: &Arc<Node<Task>>) {
         self.local.counters.bottom_halves.add(1);
         match &node.value {
-            Task::Run(f) => f(&mut Cx::new(&mut self.local)),
             Task::Admin(f) => f(self),
+            _ => run(node, &mut self.local),
         }
     }
 
@@ -496,17 +495,16 @@ impl Drop for EventLoop {
     /// What is still queued may hold handles of this very loop, and answers that will never come
     /// now: lets go of it. Who posts from here on lets go of it himself.
     fn drop(&mut self) {
-        self.handle.0.state.ended();
-        self.handle.clear();
-        self.queued.iter_mut().for_each(|batch| drop(std::mem::take(batch)));
+        self.handle.ends();
+        self.queued.iter_mut().flatten().for_each(|node| node.value.let_go());
     }
 }
 
 fn run(node: &Arc<Node<Task>>, local: &mut Local) {
-    if let Task::Run(f) = &node.value {
-        f(&mut Cx::new(local));
+    if let Task::Run(serve) | Task::Visit { serve, .. } = &node.value {
+        serve(&mut Cx::new(local));
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests;

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK};
 
 use crate::class::Class;
 use crate::counters::Counters;
@@ -12,13 +12,15 @@ use crate::cx::Cx;
 use crate::event_loop::EventLoop;
 use crate::inbox::{Batch, Inbox, Node};
 use crate::reply::Reply;
-use crate::sync::{AtomicBool, Ordering::*};
+use crate::sync::{AtomicBool, EventFd, Ordering::*};
 use crate::wake::{Owed, Wake};
 
 /// Something a loop can be asked to do.
 pub(crate) enum Task {
     /// Work; every thread can run it.
     Run(Box<dyn Fn(&mut Cx<'_>) + Send + Sync>),
+    /// Work that was put down elsewhere, with what to do if nobody will ever come for it.
+    Visit { serve: Box<dyn Fn(&mut Cx<'_>) + Send + Sync>, let_go: Box<dyn Fn() + Send + Sync> },
     /// A change to the loop itself.
     Admin(Box<dyn Fn(&mut EventLoop) + Send + Sync>),
 }
@@ -26,6 +28,13 @@ pub(crate) enum Task {
 impl Task {
     pub(crate) fn run(f: impl Fn(&mut Cx<'_>) + Send + Sync + 'static) -> Self {
         Self::Run(Box::new(f))
+    }
+
+    /// It will never be run.
+    pub(crate) fn let_go(&self) {
+        if let Self::Visit { let_go, .. } = self {
+            let_go();
+        }
     }
 }
 
@@ -159,8 +168,20 @@ impl LoopHandle {
         self.0.idle.take()
     }
 
+    /// The loop's last look before it sleeps; true: nothing has come, nor is it to end.
+    pub(crate) fn falls_asleep(&self) -> bool {
+        self.0.state.falls_asleep(|| !self.has_mail() && !self.0.stop.load(Acquire))
+    }
+
+    /// There is no loop any more.
+    pub(crate) fn ends(&self) {
+        self.0.state.ends(|| self.clear());
+    }
+
     /// Lets go of all that was posted.
-    pub(crate) fn clear(&self) {
-        self.0.inboxes.iter().chain([&self.0.idle]).for_each(|inbox| drop(inbox.take()));
+    fn clear(&self) {
+        for node in self.0.inboxes.iter().chain([&self.0.idle]).flat_map(Inbox::take) {
+            node.value.let_go();
+        }
     }
 }

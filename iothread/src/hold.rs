@@ -1,7 +1,7 @@
 //! The hold of a strand: one word, taken by one exchange and never waited for.
 //!
 //! Who finds it taken leaves a letter, then says so with MAIL; the holder cannot let go while MAIL
-//! is set, so it finds the letter. The order matters: the letter is in the inbox before MAIL is set.
+//! is set, so it finds the letter.
 
 use crate::sync::{AtomicU8, Ordering::*};
 
@@ -21,13 +21,21 @@ impl Hold {
         self.0.compare_exchange(FREE, HELD, Acquire, Relaxed).is_ok()
     }
 
-    /// Tells of a letter that is in the inbox already. True: the holder is gone, and the hold is
-    /// the caller's now, with the letter.
-    pub(crate) fn leave_mail(&self) -> bool {
-        self.0.fetch_or(HELD | MAIL, AcqRel) & HELD == 0
+    /// Puts a letter into the inbox, then tells the holder. True: the holder is gone, and the hold
+    /// is the caller's now, with the letter.
+    pub(crate) fn leave(&self, put: impl FnOnce()) -> bool {
+        let tell = || self.0.fetch_or(HELD | MAIL, AcqRel) & HELD == 0;
+        #[cfg(loom)]
+        if crate::models::asks_for("MAIL, then the letter") {
+            let alone = tell();
+            put();
+            return alone;
+        }
+        put();
+        tell()
     }
 
-    /// As [`leave_mail`](Self::leave_mail), by the holder itself.
+    /// The holder itself has put a letter into the inbox.
     pub(crate) fn keep_mail(&self) {
         self.0.fetch_or(MAIL, Relaxed);
     }
@@ -42,8 +50,17 @@ impl Hold {
         self.0.compare_exchange(HELD, FREE, Release, Relaxed).is_ok()
     }
 
-    /// The holder is about to empty the inbox: letters that come from here on are new mail.
-    pub(crate) fn open_mail(&self) {
-        self.0.swap(HELD, AcqRel);
+    /// Takes the letters out of the inbox. Those put there after MAIL was
+    /// cleared are new mail.
+    pub(crate) fn open_mail<R>(&self, take: impl FnOnce() -> R) -> R {
+        let clear = || self.0.swap(HELD, AcqRel);
+        #[cfg(loom)]
+        if crate::models::asks_for("take the letters, then clear MAIL") {
+            let taken = take();
+            clear();
+            return taken;
+        }
+        clear();
+        take()
     }
 }

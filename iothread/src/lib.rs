@@ -37,8 +37,11 @@
 //!     *strand.object
 //! }
 //! ```
+//!
+//! What the compiler cannot keep is tried in models: `docs/loop.md`.
 
 mod activity;
+mod announce;
 mod class;
 mod clock;
 mod counters;
@@ -48,8 +51,11 @@ mod handle;
 mod hold;
 mod idle;
 mod inbox;
+#[cfg(loom)]
+mod models;
 mod place;
 mod poll;
+#[cfg_attr(loom, path = "models/readiness.rs")]
 mod readiness;
 mod reply;
 mod ring;
@@ -62,6 +68,7 @@ mod timer;
 mod wake;
 
 pub use activity::{Activity, Spell};
+pub use announce::announce;
 pub use class::Class;
 pub use counters::{Counter, Counters};
 pub use cx::{Cx, ExitCx, VcpuLoop};

@@ -147,7 +147,7 @@ fn involuntary_switches() -> u64 {
     usage.ru_nivcsw as u64
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 

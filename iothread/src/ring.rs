@@ -298,7 +298,7 @@ impl AsRawFd for Ring {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 impl Ring {
     /// Raises IORING_SQ_TASKRUN with nothing behind it, as the kernel does when it loses the race
     /// told at [`VAIN_ENTERS`].

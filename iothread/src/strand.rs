@@ -5,9 +5,7 @@
 
 #![expect(unsafe_code, reason = "the hold, not the borrow checker, makes the object exclusive")]
 
-use std::cell::UnsafeCell;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -20,6 +18,7 @@ use crate::inbox::{Batch, Inbox, Node};
 use crate::place::Place;
 use crate::reply::Reply;
 use crate::source::{FdSource, Poller, Trigger};
+use crate::sync::{AtomicBool, Ordering::AcqRel, UnsafeCell};
 use crate::timer::Timer;
 
 /// What a callback leaves behind.
@@ -90,12 +89,9 @@ impl<T: Send + 'static> Core<T> {
             if !self.run(held, letter, cx) {
                 return self.hand_over(cx);
             }
-        } else {
-            self.mail.push(letter);
-            if !self.hold.leave_mail() {
-                cx.counters().left.add(1);
-                return;
-            }
+        } else if !self.hold.leave(|| self.mail.push(letter)) {
+            cx.counters().left.add(1);
+            return;
         }
         self.serve(cx);
     }
@@ -119,8 +115,7 @@ impl<T: Send + 'static> Core<T> {
             if self.hold.release() {
                 return;
             }
-            self.hold.open_mail();
-            held.backlog = self.mail.take();
+            held.backlog = self.hold.open_mail(|| self.mail.take());
         }
     }
 
@@ -162,6 +157,14 @@ impl<T: Send + 'static> Core<T> {
         self.place.home().post(&self.visit, self.place.class);
     }
 
+    /// The home loop has ended, on the way to which the strand is held: nobody will serve it.
+    fn abandon(&self) {
+        // SAFETY: who has `resume` is the holder.
+        let held = unsafe { &mut *self.held.get() };
+        (held.due, held.backlog) = (Batch::empty(), Batch::empty());
+        drop(self.mail.take());
+    }
+
     /// Gives the held strand to the home loop, which goes on serving it.
     fn hand_over(&self, cx: &Cx<'_>) {
         cx.counters().handed_over.add(1);
@@ -196,19 +199,22 @@ impl<T: Send + 'static> Strand<T> {
     /// The same, in another class than [`Class::Normal`].
     pub fn of_class(class: Class, name: &str, home: &LoopHandle, object: T) -> Self {
         let core = Arc::new_cyclic(|core: &Weak<Core<T>>| {
-            let at_home = |serve: fn(&Core<T>, &mut Cx<'_>),
-                           node: fn(&Core<T>) -> &Arc<Node<Task>>| {
-                let core = core.clone();
-                let task = Task::run(move |cx| {
-                    let Some(core) = core.upgrade() else { return };
+            let visit = |serve: fn(&Core<T>, &mut Cx<'_>),
+                         let_go: fn(&Core<T>),
+                         this: fn(&Core<T>) -> &Arc<Node<Task>>| {
+                let (at, gone) = (core.clone(), core.clone());
+                let serve = move |cx: &mut Cx<'_>| {
+                    let Some(core) = at.upgrade() else { return };
                     let home = core.place.home();
                     match cx.local.is_at(home) {
                         true => serve(&core, cx),
                         // It has moved meanwhile.
-                        false => home.post(node(&core), core.place.class),
+                        false => home.post(this(&core), core.place.class),
                     }
-                });
-                Arc::new(Node::new(task))
+                };
+                let let_go = move || gone.upgrade().iter().for_each(|core| let_go(core));
+                let (serve, let_go) = (Box::new(serve), Box::new(let_go));
+                Arc::new(Node::new(Task::Visit { serve, let_go }))
             };
             let held = Held { object, due: Batch::empty(), backlog: Batch::empty() };
             Core {
@@ -217,9 +223,13 @@ impl<T: Send + 'static> Strand<T> {
                 agenda: Inbox::new(),
                 held: UnsafeCell::new(held),
                 place: Place::new(name, class, home),
-                visit: at_home(|core, cx| core.enter(&core.agenda_letter, cx), |core| &core.visit),
+                visit: visit(
+                    |core, cx| core.enter(&core.agenda_letter, cx),
+                    |core| drop(core.agenda.take()),
+                    |core| &core.visit,
+                ),
                 agenda_letter: Arc::new(Node::new(Letter::Agenda)),
-                resume: at_home(Core::serve, |core| &core.resume),
+                resume: visit(Core::serve, Core::abandon, |core| &core.resume),
             }
         });
         Self { core }
@@ -308,7 +318,7 @@ unsafe impl<F: Send> Sync for Once<F> {}
 
 impl<F> Once<F> {
     pub(crate) fn new(value: F) -> Self {
-        Self { taken: false.into(), value: UnsafeCell::new(Some(value)) }
+        Self { taken: AtomicBool::new(false), value: UnsafeCell::new(Some(value)) }
     }
 
     pub(crate) fn take(&self) -> Option<F> {

@@ -1,7 +1,14 @@
-//! The atomics of the lock-free parts: the standard library's. A build with `--cfg loom` has
-//! those of the models here instead, which try out every order of what threads do to them.
+//! The atomics of the lock-free parts, and what a loop sleeps on: those of the standard library
+//! and the kernel. With `--cfg loom` they are the models', which try every order of what threads
+//! do to them.
 
+#[cfg(loom)]
+pub(crate) use crate::models::sync::{AtomicBool, AtomicPtr, AtomicU8, EventFd, UnsafeCell, fence};
+#[cfg(not(loom))]
+pub(crate) use std::cell::UnsafeCell;
 #[cfg(not(loom))]
 pub(crate) use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, fence};
+#[cfg(not(loom))]
+pub(crate) use vmm_sys_util::eventfd::EventFd;
 
 pub(crate) use std::sync::atomic::Ordering;

@@ -1,9 +1,9 @@
 //! Who sleeps and who wakes: the state of a loop, as those see it who post to it.
 //!
-//! Two threads each write one thing and then read the other's: who posts writes to the inbox and
-//! reads this state; the loop writes this state and reads its inbox. A full fence between the
-//! two steps of each means that at least one of them sees what the other wrote.
+//! Who posts writes to the inbox, then reads this state. The loop writes this state, then reads its
+//! inbox. [`announce`] says why one of them sees what the other wrote.
 
+use crate::announce::announce;
 use crate::sync::{AtomicU8, Ordering::*, fence};
 
 const AWAKE: u8 = 0;
@@ -30,7 +30,7 @@ impl Wake {
 
     /// To be called after whatever the loop is to see.
     pub(crate) fn posted(&self) -> Owed {
-        fence(SeqCst); // pairs with those of the loop, below
+        fence(SeqCst); // pairs with that of `announce`
         match self.0.load(Relaxed) {
             ASLEEP if self.0.compare_exchange(ASLEEP, AWAKE, AcqRel, Relaxed).is_ok() => {
                 Owed::Signal
@@ -40,11 +40,9 @@ impl Wake {
         }
     }
 
-    /// The loop is going to sleep: it must look once more after this, and not sleep if it finds
-    /// anything.
-    pub(crate) fn falls_asleep(&self) {
-        self.0.store(ASLEEP, Relaxed);
-        fence(SeqCst);
+    /// The loop is going to sleep, unless `idle`, its last look, says no. The same answer.
+    pub(crate) fn falls_asleep(&self, idle: impl FnOnce() -> bool) -> bool {
+        announce(|| self.0.store(ASLEEP, Relaxed), idle)
     }
 
     /// The loop sleeps no more, whatever ended it.
@@ -52,10 +50,9 @@ impl Wake {
         self.0.store(AWAKE, Relaxed);
     }
 
-    /// The loop has ended: what is posted after its last look, which comes after this, is for
+    /// The loop has ended and empties its inbox for the last time: what comes afterwards is for
     /// those to remove who posted it.
-    pub(crate) fn ended(&self) {
-        self.0.store(ENDED, Relaxed);
-        fence(SeqCst);
+    pub(crate) fn ends(&self, empty: impl FnOnce()) {
+        announce(|| self.0.store(ENDED, Relaxed), empty);
     }
 }

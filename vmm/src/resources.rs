@@ -91,6 +91,7 @@ impl Resources {
                 max: thread.poll.max,
                 grow: thread.poll.grow,
                 shrink: thread.poll.shrink,
+                share: thread.poll.share,
             };
             let whose = format!("thread.{}", thread.name);
             let (handle, thread) =

@@ -81,7 +81,7 @@ pub(super) fn threads(root: &Reader<'_>) -> Vec<Thread> {
         name: "main".to_owned(),
         cpus: None,
         sched: Sched::default(),
-        poll: Poll { max: Duration::from_micros(32), grow: 2, shrink: 0 },
+        poll: Poll { max: Duration::from_micros(32), grow: 2, shrink: 0, share: 100 },
     };
     let mut threads = vec![main];
     for (name, table) in root.named("thread") {
@@ -121,7 +121,12 @@ fn poll(table: &Reader<'_>) -> Poll {
         Some(time)
     });
     let number = |key| table.value(key).and_then(|value| value.int()).unwrap_or_default();
-    Poll { max: max.unwrap_or_default(), grow: number("grow"), shrink: number("shrink") }
+    Poll {
+        max: max.unwrap_or_default(),
+        grow: number("grow"),
+        shrink: number("shrink"),
+        share: number("share"),
+    }
 }
 
 fn sched(table: &Reader<'_>) -> Sched {

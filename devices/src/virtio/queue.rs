@@ -8,7 +8,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
-use iothread::{Cx, Poller};
+use iothread::{Cx, Poller, announce};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
@@ -269,13 +269,26 @@ impl VirtQueue {
         if self.retired || self.held || self.in_flight > 0 {
             return false;
         }
-        match self.ring.enable_notification(&*self.mem) {
-            Ok(more) => more,
+        let now =
+            announce(|| self.enable_kicks(), || self.ring.avail_idx(&*self.mem, Ordering::Relaxed));
+        match now {
+            Ok(available) => available.0 != self.ring.next_avail(),
             Err(error) => {
                 self.retire(&error.to_string());
                 false
             }
         }
+    }
+
+    /// Asks for a kick when the driver offers the entry that is taken next: virtio 1.2 §2.7.7.
+    fn enable_kicks(&self) {
+        let used = self.ring.used_ring();
+        let (event, at) = match self.ring.event_idx_enabled() {
+            true => (self.ring.next_avail(), used + 4 + 8 * u64::from(self.ring.size())),
+            false => (0, used),
+        };
+        // Either lies in the used ring, which `new` has checked.
+        let _ = self.mem.store(event.to_le(), GuestAddress(at), Ordering::Relaxed);
     }
 
     /// Stops or allows taking chains.

@@ -151,9 +151,10 @@ impl fmt::Debug for Seat {
 }
 
 impl Seat {
-    /// An empty seat for the queues from `first_queue`, `queues` of them, that have `slots`
+    /// An empty seat, named as its part of the device, for the queues from `first_queue`, `queues` of them, that have `slots`
     /// requests in flight at the most.
     pub fn new(
+        name: &str,
         placement: Placement<LoopHandle>,
         first_queue: u16,
         queues: usize,
@@ -169,7 +170,7 @@ impl Seat {
             at_rest: Arc::clone(&at_rest),
             first_queue,
         };
-        let strand = Strand::new(placement.home(), body);
+        let strand = Strand::new(name, placement.home(), body);
         let kick = strand.event(Body::kick);
         let found = kick.clone();
         let rearm = strand.event(move |body: &mut Body, _| {

@@ -131,7 +131,8 @@ impl Transport {
             let queues = usize::from(group.start)..usize::from(group.end);
             seat_of[queues.clone()].fill(nth);
             let slots = sizes[queues.clone()].iter().sum();
-            Seat::new(placement.clone(), group.start, queues.len(), slots)
+            let name = format!("{name}:q{}", group.start);
+            Seat::new(&name, placement.clone(), group.start, queues.len(), slots)
         });
         let seats = seats.collect();
         let registers = Registers { queues: initial_queues(&*device), ..Registers::default() };

@@ -94,8 +94,7 @@ fn a_request_found_at_the_last_look_before_sleep_is_submitted_again_when_the_rin
         }
     });
     // It polls in principle, but never long enough to find anything.
-    let home =
-        TestLoop::new("io0", PollPolicy { max: Duration::from_nanos(1), grow: 2, shrink: 0 });
+    let home = TestLoop::new("io0", PollPolicy { max: Duration::from_nanos(1), ..PollPolicy::OFF });
     let mut rig = Rig::new(VIA, blk, Placement::Loop(home.handle.clone()), memory(4 << 20));
     rig.start(64, F_VERSION_1);
     let blocking = Blocking::on_this_thread().unwrap();
@@ -103,7 +102,7 @@ fn a_request_found_at_the_last_look_before_sleep_is_submitted_again_when_the_rin
     // Hold the loop between the kick that empties the ring and its last look.
     let (enter, entered) = channel();
     let (go, wait) = channel::<()>();
-    let strand = Strand::new(&home.handle, wait);
+    let strand = Strand::new("test", &home.handle, wait);
     let hold = strand.event(move |wait: &mut Receiver<()>, _| {
         enter.send(()).unwrap();
         wait.recv().unwrap();

@@ -379,7 +379,7 @@ fn a_request_whose_kick_is_queued_while_the_device_resumes_is_served() {
     transport.pause().into_iter().for_each(|(_, paused)| paused.wait(&blocking).unwrap());
     // Keep the loop where it is until both have arrived.
     let ((enter, entered), (leave, left)) = (channel(), channel::<()>());
-    let gate = Strand::new(&home.handle, ());
+    let gate = Strand::new("test", &home.handle, ());
     let through = gate.call(move |_, _| {
         enter.send(()).unwrap();
         left.recv().unwrap();
