@@ -129,6 +129,11 @@ impl Ecam {
     /// Bytes per bus.
     pub const BUS_SIZE: u64 = 1 << 20;
 
+    /// Bytes for `buses` buses.
+    pub const fn size(buses: u8) -> u64 {
+        buses as u64 * Self::BUS_SIZE
+    }
+
     /// Memory in which the functions of `root` are found.
     pub fn new(root: Arc<PciRoot>) -> Self {
         Self { root }
