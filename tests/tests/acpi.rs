@@ -94,6 +94,8 @@ fn iasl_reads_every_table_and_compiles_it_back() {
     ];
     let large = Description { apic_ids: &many, serials: &[0, 1, 2, 3], nodes: &nodes, ..with_pci };
     assert_eq!(pass(&large)[5..], ["MCFG", "SRAT", "SLIT"]);
+    let with_slots = Description { pci_buses: 32, ..with_pci };
+    assert_eq!(pass(&with_slots), names);
     let without_pci = pass(&Description { pci_buses: 0, rtc: false, mmio: &mmio, ..with_pci });
     assert!(!without_pci.contains(&"MCFG".to_owned()));
 }
