@@ -77,7 +77,9 @@ fn nodes(text: &mut String, explanation: &Explanation, width: usize) {
 fn hotplug_slots(text: &mut String, slots: u8, width: usize) {
     let words = match slots {
         0 => return,
-        1 => "1 hot-plug slot, empty at the start: a PCIe root port with bus 1 behind it".to_owned(),
+        1 => {
+            "1 hot-plug slot, empty at the start: a PCIe root port with bus 1 behind it".to_owned()
+        }
         _ => format!(
             "{slots} hot-plug slots, empty at the start: PCIe root ports with buses 1-{slots} \
              behind them"

@@ -3,7 +3,9 @@
 use super::Files;
 use super::placement::{placement, placements};
 use crate::keys::{MAX_DEVICES, PCI_PLACES};
-use crate::plan::{Disk, DiskSource, Engine, MAIN, Machine, Placement, Rng, Serial, SerialOut, Thread};
+use crate::plan::{
+    Disk, DiskSource, Engine, MAIN, Machine, Placement, Rng, Serial, SerialOut, Thread,
+};
 use crate::reader::Reader;
 use crate::value::Value;
 

@@ -199,7 +199,8 @@ fn presence_link_and_events_follow_what_is_plugged() {
 #[test]
 fn only_what_there_is_can_be_written() {
     let mut bench = Bench::new(1);
-    for (register, value) in [(SLOT, 0x13e9), (LINK, 0xd3), (EXPRESS + 2, 0xf), (EXPRESS + 7, 0xf)] {
+    for (register, value) in [(SLOT, 0x13e9), (LINK, 0xd3), (EXPRESS + 2, 0xf), (EXPRESS + 7, 0xf)]
+    {
         bench.write(0, register, u32::MAX, u32::MAX);
         assert_eq!(bench.read(0, register) & 0xffff, value, "{register:#x}");
     }

@@ -20,7 +20,9 @@ use super::{Mem, VirtioDevice};
 use crate::bus::Bus;
 use crate::device::{Device, Lifecycle, Paused, RestoreError, State};
 use crate::irq::{Doorbell, Doorbells, MsiSender, Pin};
-use crate::pci::{Bar, BarSpace, Capability, Endpoint, Function, Ids, Msix, Placed, Upstream, endpoint};
+use crate::pci::{
+    Bar, BarSpace, Capability, Endpoint, Function, Ids, Msix, Placed, Upstream, endpoint,
+};
 
 const COMMON: u64 = 0x0000;
 const ISR: u64 = 0x1000;
