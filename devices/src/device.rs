@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use iothread::{Blocking, ExitCx, Reply};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// Something that answers on a range of addresses.
@@ -36,6 +37,31 @@ pub struct State {
     pub version: u32,
     /// Plain data, see the kind's own module.
     pub body: serde_json::Value,
+}
+
+/// The body of a [`State`] of one kind.
+pub trait Body: Serialize + DeserializeOwned {
+    /// Names the kind.
+    const KIND: &'static str;
+    /// Raised with every change of the shape.
+    const VERSION: u32;
+}
+
+impl State {
+    /// The state that `body` tells.
+    pub fn of<T: Body>(body: &T) -> Self {
+        let body = serde_json::to_value(body).unwrap_or_default();
+        Self { kind: T::KIND.to_owned(), version: T::VERSION, body }
+    }
+
+    /// What it tells; else why it is not such a state.
+    pub fn body<T: Body>(&self) -> Result<T, String> {
+        if (self.kind.as_str(), self.version) != (T::KIND, T::VERSION) {
+            let Self { kind, version, .. } = self;
+            return Err(format!("{kind} version {version}, not {} {}", T::KIND, T::VERSION));
+        }
+        T::deserialize(&self.body).map_err(|error| error.to_string())
+    }
 }
 
 /// A state that cannot be taken on.

@@ -58,9 +58,9 @@ pub struct Pin {
     high: AtomicBool,
 }
 
-impl Pin {
+impl IrqLine for Pin {
     /// Pulls the wire, or lets go.
-    pub fn set(&self, high: bool) {
+    fn set(&self, high: bool) {
         if self.high.swap(high, SeqCst) != high {
             self.shared.pulling.fetch_add(if high { 1 } else { -1 }, SeqCst);
             let wanted = || self.shared.pulling.load(SeqCst) > 0;

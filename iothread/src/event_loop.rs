@@ -8,7 +8,6 @@
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::*, fence};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -20,13 +19,11 @@ use crate::inbox::{Inbox, Node};
 use crate::poll::{PollPolicy, Polling};
 use crate::readiness::{Readiness, Token};
 use crate::reply::{self, Reply};
+use crate::sync::{AtomicBool, Ordering::*};
 use crate::timer::Timers;
+use crate::wake::{Owed, Wake};
 
 pub use crate::readiness::Trigger;
-
-const AWAKE: u8 = 0;
-const ASLEEP: u8 = 1;
-const ENDED: u8 = 2;
 
 /// Peeks between two looks at the file descriptors while polling.
 const SPINS_PER_LOOK: u32 = 64;
@@ -51,7 +48,7 @@ impl Task {
 struct Shared {
     name: String,
     inbox: Inbox<Task>,
-    state: AtomicU8,
+    state: Wake,
     wake: EventFd,
     stop: AtomicBool,
     counters: Arc<Counters>,
@@ -97,18 +94,15 @@ impl LoopHandle {
         self.wake();
     }
 
-    /// The fence pairs with the one in `EventLoop::sleep`: either this thread sees ASLEEP, or the
-    /// loop sees what this thread did before.
+    /// Sees to it that the loop notices what this thread did before.
     fn wake(&self) {
-        fence(SeqCst);
-        let state = &self.0.state;
-        match state.load(Relaxed) {
-            ASLEEP if state.compare_exchange(ASLEEP, AWAKE, AcqRel, Relaxed).is_ok() => {
+        match self.0.state.posted() {
+            Owed::Nothing => {}
+            Owed::Signal => {
                 // An eventfd refuses only when 2^64 - 2 wake-ups are pending: it is readable then.
                 let _ = self.0.wake.write(1);
             }
-            ENDED => drop(self.0.inbox.take()),
-            _ => {}
+            Owed::Removal => drop(self.0.inbox.take()),
         }
     }
 
@@ -258,7 +252,7 @@ impl EventLoop {
         let shared = Shared {
             name: name.to_owned(),
             inbox: Inbox::new(),
-            state: AtomicU8::new(AWAKE),
+            state: Wake::awake(),
             wake,
             stop: AtomicBool::new(false),
             counters,
@@ -384,15 +378,14 @@ impl EventLoop {
     fn sleep(&mut self, began: Instant) {
         self.account(Instant::now(), |counters| &counters.busy_ns);
         self.timers.set_alarm(Instant::now());
-        self.handle.0.state.store(ASLEEP, Relaxed);
-        fence(SeqCst); // pairs with the one in `LoopHandle::wake`
+        self.handle.0.state.falls_asleep();
         if self.handle.0.inbox.is_empty() && !self.handle.0.stop.load(Acquire) {
             self.local.counters.sleeps.add(1);
             self.readiness.wait();
         } else {
             self.readiness.look();
         }
-        self.handle.0.state.store(AWAKE, Relaxed);
+        self.handle.0.state.woke_up();
         let woke = Instant::now();
         self.account(woke, |counters| &counters.sleep_ns);
         self.polling.waited(woke.duration_since(began));
@@ -459,8 +452,7 @@ impl Drop for EventLoop {
     /// What is still queued may hold handles of this very loop, and answers that will never come
     /// now: lets go of it. Who posts from here on lets go of it himself.
     fn drop(&mut self) {
-        self.handle.0.state.store(ENDED, Relaxed);
-        fence(SeqCst); // pairs with the one in `LoopHandle::wake`
+        self.handle.0.state.ended();
         drop(self.handle.0.inbox.take());
     }
 }

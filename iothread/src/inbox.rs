@@ -8,7 +8,8 @@
 
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering::*};
+
+use crate::sync::{AtomicBool, AtomicPtr, Ordering::*};
 
 /// Something that can wait in one [`Inbox`] at a time.
 #[derive(Debug)]

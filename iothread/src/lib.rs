@@ -41,14 +41,17 @@
 mod counters;
 mod cx;
 mod event_loop;
+mod hold;
 mod inbox;
 mod poll;
 mod readiness;
 mod reply;
 mod ring;
 mod strand;
+mod sync;
 mod thread;
 mod timer;
+mod wake;
 
 pub use counters::{Counter, Counters};
 pub use cx::{Cx, ExitCx, VcpuLoop};

@@ -1,25 +1,21 @@
 //! Strands: an object, and the rule that one thread at a time is in it.
 //!
-//! The hold is one atomic word and is never waited for. A thread that finds it taken pushes its
-//! event to the strand's inbox and sets MAIL; the holder cannot let go while MAIL is set, so it
-//! finds the event. The order matters: the event is in the inbox before MAIL is set.
+//! The [`Hold`] is never waited for. A thread that finds it taken pushes its event to the strand's
+//! inbox and leaves word; the holder cannot let go without looking there.
 
 #![expect(unsafe_code, reason = "the hold, not the borrow checker, makes the object exclusive")]
 
 use std::cell::UnsafeCell;
 use std::fmt;
-use std::sync::atomic::{AtomicU8, Ordering::*};
+use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
 use std::sync::{Arc, Weak};
 
 use crate::cx::{Cx, ExitCx};
 use crate::event_loop::{FdSource, LoopHandle, Poller, Task, Trigger};
+use crate::hold::Hold;
 use crate::inbox::{Batch, Inbox, Node};
 use crate::reply::Reply;
 use crate::timer::Timer;
-
-const FREE: u8 = 0;
-const HELD: u8 = 1;
-const MAIL: u8 = 2;
 
 /// What a callback leaves behind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,7 +44,7 @@ struct Held<T> {
 }
 
 struct Core<T> {
-    hold: AtomicU8,
+    hold: Hold,
     inbox: Inbox<Letter<T>>,
     held: UnsafeCell<Held<T>>,
     home: LoopHandle,
@@ -56,8 +52,8 @@ struct Core<T> {
     resume: Arc<Node<Task>>,
 }
 
-// SAFETY: `held` is only touched by the thread that moved `hold` from FREE to HELD, or that was
-// handed the held strand through `resume`; both moves are Acquire/Release pairs.
+// SAFETY: `held` is only touched by the thread that took `hold`, or that was handed the held
+// strand through `resume`; either sees all that the holder before it did.
 unsafe impl<T: Send> Sync for Core<T> {}
 // SAFETY: all fields are `Send` when `T` is; the inbox holds `Arc`s of callbacks that are `Sync`.
 unsafe impl<T: Send> Send for Core<T> {}
@@ -65,15 +61,15 @@ unsafe impl<T: Send> Send for Core<T> {}
 impl<T: Send + 'static> Core<T> {
     /// Runs `letter` here, or leaves it with the holder.
     fn enter(&self, letter: &Arc<Node<Letter<T>>>, cx: &mut Cx<'_>) {
-        if self.hold.compare_exchange(FREE, HELD, Acquire, Relaxed).is_ok() {
-            // SAFETY: the exchange made this thread the holder.
+        if self.hold.try_enter() {
+            // SAFETY: that made this thread the holder.
             let held = unsafe { &mut *self.held.get() };
             if !self.run(held, letter, cx) {
                 return self.hand_over(cx);
             }
         } else {
             self.inbox.push(letter);
-            if self.hold.fetch_or(HELD | MAIL, AcqRel) & HELD != 0 {
+            if !self.hold.leave_mail() {
                 cx.counters().left.add(1);
                 return;
             }
@@ -97,16 +93,16 @@ impl<T: Send + 'static> Core<T> {
                     return;
                 }
             }
-            if self.hold.compare_exchange(HELD, FREE, Release, Relaxed).is_ok() {
+            if self.hold.release() {
                 return;
             }
-            self.hold.swap(HELD, AcqRel);
+            self.hold.open_mail();
             held.backlog = self.inbox.take();
         }
     }
 
     fn has_mail(&self, held: &Held<T>) -> bool {
-        !held.backlog.is_empty() || self.hold.load(Relaxed) & MAIL != 0
+        !held.backlog.is_empty() || self.hold.has_mail()
     }
 
     /// Runs one callback; false: the strand, still held, has to go to the home loop. That is the
@@ -121,7 +117,7 @@ impl<T: Send + 'static> Core<T> {
             }
             Progress::Home => {
                 self.inbox.push(letter);
-                self.hold.fetch_or(MAIL, Relaxed);
+                self.hold.keep_mail();
                 return false;
             }
         }
@@ -163,7 +159,7 @@ impl<T: Send + 'static> Strand<T> {
                 }
             });
             Core {
-                hold: AtomicU8::new(FREE),
+                hold: Hold::free(),
                 inbox: Inbox::new(),
                 held: UnsafeCell::new(Held { object, backlog: Batch::empty() }),
                 home: home.clone(),
@@ -224,7 +220,7 @@ impl<T: Send + 'static> Strand<T> {
 
 /// A closure that is called once through a shared reference. Cold: only for messages.
 pub(crate) struct Once<F> {
-    taken: std::sync::atomic::AtomicBool,
+    taken: AtomicBool,
     value: UnsafeCell<Option<F>>,
 }
 

@@ -85,6 +85,38 @@ fn resets_count_and_threads_images_and_output_outlive_them() {
 }
 
 #[test]
+fn a_reset_leaves_nothing_of_the_machine_before() {
+    for transport in ["pci", "mmio"] {
+        let toml = format!(
+            "[machine]\ntransport = \"{transport}\"\nmemory = \"64M\"\n[disk.d]\nsize = \"1M\"\n[rng.r]\n"
+        );
+        let code = port_writes(&[(0x3f8, 1, u32::from(b'x')), (0x64, 1, 0xfe)]);
+        let machine = Machine::booting(&code, "", &toml);
+        let mut running = machine.start(&["--timeout", "100s"]);
+        let mut after = |resets: usize| {
+            running.wait_for(&"x".repeat(resets));
+            (open_files(running.pid()), mapped_kib(running.pid()))
+        };
+        let ((files, kib), (later_files, later_kib)) = (after(5), after(85));
+        running.signal(libc::SIGTERM);
+        running.wait().expect(128 + libc::SIGTERM);
+        // What is being built or taken down right now comes and goes.
+        assert!(later_files < files + 40, "{transport}: {files} files, then {later_files}");
+        assert!(later_kib < kib + (512 << 10), "{transport}: {kib} KiB, then {later_kib} KiB");
+    }
+}
+
+fn open_files(pid: u32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+}
+
+fn mapped_kib(pid: u32) -> usize {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let size = status.lines().find_map(|line| line.strip_prefix("VmSize:")).unwrap();
+    size.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+#[test]
 fn a_guest_that_says_it_panicked_is_11() {
     expect_reason(writes("", &[(0x505, 1, 2), (0x505, 1, 1)]), 11, "guest-panic");
 }

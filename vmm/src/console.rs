@@ -256,11 +256,13 @@ impl Supervisor {
         }
     }
 
-    /// Writes out what the ports still hold, as far as the world takes it within a second.
-    pub fn finish(&mut self) {
+    /// Writes out what the ports still hold, as far as the world takes it within a second. Gives
+    /// the end that somebody wished for meanwhile.
+    pub fn finish(&mut self) -> Option<End> {
         // What is typed now is for the next machine, if there is one.
         let open = std::mem::take(&mut self.input.open);
         let deadline = Instant::now() + Duration::from_secs(1);
+        let mut wished = None;
         loop {
             self.lines.iter_mut().for_each(Line::collect);
             let waiting = self.lines.iter().any(|line| !line.pending.is_empty());
@@ -268,9 +270,20 @@ impl Supervisor {
             if !waiting || left.is_zero() {
                 break;
             }
-            self.turn(Some(left));
+            wished = self.turn(Some(left)).or(wished);
         }
         self.input.open = open;
+        wished
+    }
+
+    /// The signal to end that has come, if any.
+    pub fn signal(&self) -> Option<i32> {
+        self.signals.next()
+    }
+
+    /// The last line on the first port that is a JSON object.
+    pub fn last_json(&self) -> Option<serde_json::Value> {
+        serde_json::from_str(self.lines.first()?.transcript.json.as_deref()?).ok()
     }
 
     fn turn(&mut self, timeout: Option<Duration>) -> Option<End> {

@@ -7,6 +7,8 @@ use std::sync::Arc;
 use devices::power::{Power, PowerRequest};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::machine::HostError;
+
 /// Why a run ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum End {
@@ -28,8 +30,16 @@ pub enum End {
     Console,
     /// The built-in guest ended without a good verdict.
     Verdict(String),
+    /// This host cannot run it.
+    Host(String),
     /// Something heddle or KVM could not do.
     Internal(String),
+}
+
+impl From<HostError> for End {
+    fn from(error: HostError) -> Self {
+        Self::Host(error.to_string())
+    }
 }
 
 impl End {
@@ -38,6 +48,7 @@ impl End {
         match self {
             Self::PowerOff | Self::DebugExit(0) | Self::Console => 0,
             Self::Verdict(_) | Self::Internal(_) => 1,
+            Self::Host(_) => 4,
             Self::Reset => 10,
             Self::GuestPanic => 11,
             Self::TripleFault => 12,
@@ -59,6 +70,7 @@ impl End {
             Self::Signal(_) => "signal",
             Self::Console => "console",
             Self::Verdict(_) => "verdict",
+            Self::Host(_) => "host",
             Self::Internal(_) => "internal-error",
         }
     }
@@ -76,7 +88,7 @@ impl fmt::Display for End {
             Self::Signal(number) => write!(f, "signal {number}"),
             Self::Console => write!(f, "left by the console's escape"),
             Self::Verdict(why) => write!(f, "the built-in guest: {why}"),
-            Self::Internal(why) => write!(f, "{why}"),
+            Self::Host(why) | Self::Internal(why) => write!(f, "{why}"),
         }
     }
 }

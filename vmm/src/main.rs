@@ -9,7 +9,7 @@ use clap::Parser;
 use config::plan::Plan;
 use config::{Diagnostics, Host, Problem, Severity};
 use vmm::cli::{Check, Cli, Command, Explain};
-use vmm::{bench, boot, limits, run};
+use vmm::{bench, boot, limits, run, terminal};
 
 /// Exit codes of commands that run no machine; those of a machine are in `vmm::ending`.
 const INTERNAL: u8 = 1;
@@ -68,7 +68,7 @@ fn complain(diagnostics: &Diagnostics, json: bool) {
     if json {
         print_json(&diagnostics.to_json());
     } else {
-        eprint!("{}", diagnostics.render(run::colors()));
+        eprint!("{}", diagnostics.render(terminal::colors()));
     }
 }
 
@@ -101,7 +101,7 @@ fn check(options: &Check) -> u8 {
         report["ok"] = (!bad).into();
         print_json(&report);
     } else {
-        eprint!("{}", loaded.warnings.render(run::colors()));
+        eprint!("{}", loaded.warnings.render(terminal::colors()));
         problems.iter().for_each(say);
         if !bad {
             print(&format!("{}: ok\n", options.machine.file.display()));
@@ -153,7 +153,7 @@ fn explain(options: &Explain) -> u8 {
     if options.json {
         return print_json(&explanation.to_json());
     }
-    eprint!("{}", loaded.warnings.render(run::colors()));
+    eprint!("{}", loaded.warnings.render(terminal::colors()));
     print(&explanation.render(width()))
 }
 
@@ -161,6 +161,6 @@ fn explain(options: &Explain) -> u8 {
 fn width() -> usize {
     let columns = std::env::var("COLUMNS").ok().and_then(|text| text.parse().ok());
     let is_terminal = std::io::stdout().is_terminal();
-    let asked = || fs::File::open("/dev/tty").ok().and_then(|tty| run::terminal_columns(&tty));
+    let asked = || fs::File::open("/dev/tty").ok().and_then(|tty| terminal::columns(&tty));
     columns.or_else(|| is_terminal.then(asked).flatten()).unwrap_or(100)
 }

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial as Uart, Trigger};
 
-use crate::device::{Device, Lifecycle, Paused, RestoreError, State};
+use crate::device::{Body, Device, Lifecycle, Paused, RestoreError, State};
 use crate::irq::IrqLine;
 
 /// Output that can wait to be fetched, in bytes.
@@ -64,6 +64,11 @@ impl From<SerialState> for Saved {
             input: state.in_buffer,
         }
     }
+}
+
+impl Body for Saved {
+    const KIND: &'static str = "serial";
+    const VERSION: u32 = 1;
 }
 
 impl From<Saved> for SerialState {
@@ -298,19 +303,12 @@ impl Lifecycle for Serial {
     fn resume(&self) {}
 
     fn save(&self, _: &Paused<'_>) -> State {
-        let saved = Saved::from(self.registers().uart.state());
-        // Cannot fail: it is numbers and a list of them.
-        let body = serde_json::to_value(saved).unwrap_or_default();
-        State { kind: KIND.to_owned(), version: VERSION, body }
+        State::of(&Saved::from(self.registers().uart.state()))
     }
 
     fn restore(&self, _: &Paused<'_>, state: &State) -> Result<(), RestoreError> {
         let refuse = |why: String| RestoreError { device: self.name.clone(), why };
-        if (state.kind.as_str(), state.version) != (KIND, VERSION) {
-            return Err(refuse(format!("this is {} {}", state.kind, state.version)));
-        }
-        let saved: Saved =
-            serde_json::from_value(state.body.clone()).map_err(|e| refuse(e.to_string()))?;
+        let saved: Saved = state.body().map_err(refuse)?;
         let writer = Writer(Arc::clone(&self.output));
         let uart = Uart::from_state(&saved.into(), self.irq.clone(), NoEvents, writer)
             .map_err(|e| refuse(e.to_string()))?;
@@ -321,9 +319,6 @@ impl Lifecycle for Serial {
         Ok(())
     }
 }
-
-const KIND: &str = "serial";
-const VERSION: u32 = 1;
 
 #[cfg(test)]
 #[path = "serial_tests.rs"]

@@ -71,7 +71,8 @@ pub struct Endpoint {
     msix: Option<(u16, Arc<Msix>)>,
     /// First register of the window capability.
     window: Option<u16>,
-    bus: Arc<Bus>,
+    /// Weak, for the bus has the configuration space, and that has this function.
+    bus: Weak<Bus>,
     /// By BAR: where it is decoded.
     #[expect(clippy::disallowed_types, reason = "taken where a BAR may move, and nowhere else")]
     at: std::sync::Mutex<Box<[Option<u64>]>>,
@@ -90,7 +91,7 @@ impl Endpoint {
     ///
     /// # Panics
     /// If a BAR is impossible (see [`Config::add_bar`]), or the capabilities do not fit.
-    pub fn new(ids: &Ids, bars: Vec<Bar>, capabilities: Vec<Capability>, bus: Arc<Bus>) -> Self {
+    pub fn new(ids: &Ids, bars: Vec<Bar>, capabilities: Vec<Capability>, bus: &Arc<Bus>) -> Self {
         let mut config = Config::new(ids);
         config.use_pin_a();
         bars.iter().for_each(|bar| config.add_bar(bar.index, bar.address, bar.size));
@@ -104,7 +105,7 @@ impl Endpoint {
             }
         }
         let at = vec![None; bars.len()].into_boxed_slice().into();
-        let upstream = Snapshot::from_pointee(None);
+        let (bus, upstream) = (Arc::downgrade(bus), Snapshot::from_pointee(None));
         let endpoint = Self { config, bars: bars.into(), msix, window, bus, at, upstream };
         endpoint.settle();
         endpoint
@@ -167,7 +168,9 @@ impl Endpoint {
     fn unmap(&self, bar: &Bar, at: &mut Option<u64>) {
         if let Some(base) = at.take() {
             bar.placed.iter().for_each(|placed| placed.unmapped(base));
-            self.bus.remove(base);
+            if let Some(bus) = self.bus.upgrade() {
+                bus.remove(base);
+            }
         }
     }
 }
@@ -230,9 +233,10 @@ impl Function for Endpoint {
                 self.unmap(bar, at);
             }
         }
+        let Some(bus) = self.bus.upgrade() else { return };
         for ((bar, wanted), at) in each().zip(placements.iter_mut()) {
             if let (None, Some(base)) = (*at, *wanted)
-                && self.bus.insert(base, bar.size, Arc::clone(&bar.device)).is_ok()
+                && bus.insert(base, bar.size, Arc::clone(&bar.device)).is_ok()
             {
                 *at = Some(base);
                 bar.placed.iter().for_each(|placed| placed.mapped(base));

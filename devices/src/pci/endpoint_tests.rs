@@ -91,7 +91,7 @@ impl Bench {
         let msix = Arc::new(Msix::new(4, Arc::new(NoSender)));
         let capabilities = vec![Capability::msix(2, Arc::clone(&msix)), Capability::window()];
         let bars = vec![bar(0, address, &recorder)];
-        let endpoint = Arc::new(Endpoint::new(&IDS, bars, capabilities, Arc::clone(bus)));
+        let endpoint = Arc::new(Endpoint::new(&IDS, bars, capabilities, bus));
         Self { bus: Arc::clone(bus), recorder, msix, endpoint, vcpu: VcpuLoop::enter() }
     }
 
@@ -182,7 +182,7 @@ fn a_bar_that_collides_is_decoded_once_the_other_has_moved_away() {
 fn two_bars_of_a_function_can_change_places() {
     let (bus, recorder): (Arc<Bus>, _) = (Arc::default(), Arc::new(Recorder::default()));
     let bars = vec![bar(0, 0x8000, &recorder), bar(2, 0x1_0000, &recorder)];
-    let endpoint = Endpoint::new(&IDS, bars, Vec::new(), bus);
+    let endpoint = Endpoint::new(&IDS, bars, Vec::new(), &bus);
     let mut vcpu = VcpuLoop::enter();
     endpoint.write_config(4, 0x1_0000, u32::MAX, &mut vcpu.exit());
     endpoint.write_config(6, 0x8000, u32::MAX, &mut vcpu.exit());
@@ -261,7 +261,7 @@ fn a_restored_function_is_decoded_where_the_guest_had_put_it() {
     to.endpoint.restore(&saved);
     assert!(to.answers(0x2_0000) && !to.answers(0x8000));
     assert_eq!(to.msix.control(), 0x8003);
-    let other = Endpoint::new(&IDS, Vec::new(), Vec::new(), Arc::default());
+    let other = Endpoint::new(&IDS, Vec::new(), Vec::new(), &Arc::default());
     assert!(other.accepts(&saved).is_err());
 }
 
@@ -298,4 +298,14 @@ proptest! {
             }, "one of two that collide is decoded");
         }
     }
+}
+
+#[test]
+fn a_function_does_not_keep_its_bus() {
+    let bench = Bench::new(0x8000);
+    let bus = Arc::downgrade(&bench.bus);
+    let Bench { endpoint, bus: last, .. } = bench;
+    drop(last);
+    assert!(bus.upgrade().is_none());
+    drop(endpoint);
 }

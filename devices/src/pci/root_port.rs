@@ -18,8 +18,8 @@ use super::endpoint::moves_bars;
 use super::express::{self, EVENTS, ExpressRegisters};
 use super::function::{Function, Upstream};
 use super::msi::MessageRegisters;
-use crate::device::{Lifecycle, Paused, RestoreError, State};
-use crate::irq::{MsiSender, Pin};
+use crate::device::{Body, Lifecycle, Paused, RestoreError, State};
+use crate::irq::{IrqLine, MsiSender, Pin};
 
 /// This id is registered (as Red Hat's) for a virtual root port without registers beyond the
 /// standard ones.
@@ -31,9 +31,6 @@ const ROOT_PORT: Ids = Ids {
     subsystem_vendor: 0x1b36,
     subsystem: 0,
 };
-
-const KIND: &str = "pci-root-port";
-const VERSION: u32 = 1;
 
 /// The slot has something in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -76,13 +73,18 @@ impl fmt::Debug for RootPort {
     }
 }
 
-/// What [`RootPort`] remembers; version 1 of kind `pci-root-port`.
+/// What [`RootPort`] remembers.
 #[derive(Serialize, Deserialize)]
 struct Saved {
     config: Vec<u32>,
     occupied: bool,
     events: u16,
     told: bool,
+}
+
+impl Body for Saved {
+    const KIND: &'static str = "pci-root-port";
+    const VERSION: u32 = 1;
 }
 
 impl RootPort {
@@ -267,22 +269,16 @@ impl Lifecycle for RootPort {
 
     fn save(&self, _: &Paused<'_>) -> State {
         let slot = self.slot();
-        let saved = Saved {
+        State::of(&Saved {
             config: self.bridge.config.save(),
             occupied: slot.function.is_some(),
             events: slot.events,
             told: slot.told,
-        };
-        let body = serde_json::to_value(saved).unwrap_or_default();
-        State { kind: KIND.to_owned(), version: VERSION, body }
+        })
     }
 
     fn restore(&self, _: &Paused<'_>, state: &State) -> Result<(), RestoreError> {
-        if state.kind != KIND || state.version != VERSION {
-            let State { kind, version, .. } = state;
-            return Err(self.refuse(format!("{kind} version {version}, not {KIND} {VERSION}")));
-        }
-        let saved = Saved::deserialize(&state.body).map_err(|error| self.refuse(error))?;
+        let saved: Saved = state.body().map_err(|why| self.refuse(why))?;
         self.bridge.config.accepts(&saved.config).map_err(|why| self.refuse(why))?;
         let mut slot = self.slot();
         match (saved.occupied, slot.function.is_some()) {

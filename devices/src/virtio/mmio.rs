@@ -22,7 +22,7 @@ use super::queue::RingAddresses;
 use super::seat::Placement;
 use super::transport::{self, InterruptSink, Transport};
 use crate::bus::{Bus, Occupied};
-use crate::device::{Device, Lifecycle, Paused, RestoreError, State};
+use crate::device::{Body, Device, Lifecycle, Paused, RestoreError, State};
 use crate::irq::{Doorbell, IrqEdge};
 
 /// Bytes of address space that a device takes.
@@ -296,7 +296,7 @@ impl std::fmt::Debug for VirtioMmio {
     }
 }
 
-/// What [`VirtioMmio`] remembers; version 1 of kind `virtio-mmio`.
+/// What [`VirtioMmio`] remembers.
 #[derive(Serialize, Deserialize)]
 struct Saved {
     transport: transport::Saved,
@@ -306,8 +306,10 @@ struct Saved {
     queue: u32,
 }
 
-const KIND: &str = "virtio-mmio";
-const VERSION: u32 = 1;
+impl Body for Saved {
+    const KIND: &'static str = "virtio-mmio";
+    const VERSION: u32 = 1;
+}
 
 impl VirtioMmio {
     /// Makes the device; it answers at its socket until it is dropped.
@@ -367,23 +369,17 @@ impl Lifecycle for VirtioMmio {
 
     fn save(&self, proof: &Paused<'_>) -> State {
         let selected = &self.registers.selected;
-        let saved = Saved {
+        State::of(&Saved {
             transport: self.transport.save(proof),
             interrupt_status: self.registers.interrupt.status.load(Acquire),
             device_features: selected.device_features.load(Acquire),
             driver_features: selected.driver_features.load(Acquire),
             queue: selected.queue.load(Acquire),
-        };
-        let body = serde_json::to_value(saved).unwrap_or_default();
-        State { kind: KIND.to_owned(), version: VERSION, body }
+        })
     }
 
     fn restore(&self, proof: &Paused<'_>, state: &State) -> Result<(), RestoreError> {
-        if state.kind != KIND || state.version != VERSION {
-            let State { kind, version, .. } = state;
-            return Err(self.refuse(format!("{kind} version {version}, not {KIND} {VERSION}")));
-        }
-        let saved = Saved::deserialize(&state.body).map_err(|error| self.refuse(error))?;
+        let saved: Saved = state.body().map_err(|why| self.refuse(why))?;
         self.transport.restore(proof, &saved.transport)?;
         let selected = &self.registers.selected;
         selected.device_features.store(saved.device_features, Release);

@@ -18,8 +18,8 @@ use super::seat::Placement;
 use super::transport::{self, InterruptSink, Transport};
 use super::{Mem, VirtioDevice};
 use crate::bus::Bus;
-use crate::device::{Device, Lifecycle, Paused, RestoreError, State};
-use crate::irq::{Doorbell, Doorbells, MsiSender, Pin};
+use crate::device::{Body, Device, Lifecycle, Paused, RestoreError, State};
+use crate::irq::{self, Doorbell, Doorbells, MsiSender, Pin};
 use crate::pci::{
     Bar, BarSpace, Capability, Endpoint, Function, Ids, Msix, Placed, Upstream, endpoint,
 };
@@ -118,13 +118,7 @@ impl Vectors {
                 && self.pin_enabled.load(SeqCst)
                 && self.status.load(SeqCst) != 0
         };
-        loop {
-            let high = wanted();
-            pin.set(high);
-            if wanted() == high {
-                return;
-            }
-        }
+        irq::settle(pin, wanted);
     }
 
     fn assign(&self, to: &AtomicU16, vector: u16) {
@@ -315,7 +309,7 @@ impl std::fmt::Debug for Registers {
     }
 }
 
-/// What [`VirtioPci`] remembers; version 1 of kind `virtio-pci`.
+/// What [`VirtioPci`] remembers.
 #[derive(Serialize, Deserialize)]
 struct Saved {
     transport: transport::Saved,
@@ -326,8 +320,10 @@ struct Saved {
     selected: Selected,
 }
 
-const KIND: &str = "virtio-pci";
-const VERSION: u32 = 1;
+impl Body for Saved {
+    const KIND: &'static str = "virtio-pci";
+    const VERSION: u32 = 1;
+}
 
 impl VirtioPci {
     /// Makes the function; its BARs are put where `space` has room, decoded.
@@ -370,8 +366,7 @@ impl VirtioPci {
                 placed: None,
             },
         ];
-        let endpoint =
-            Endpoint::new(&ids, bars, capabilities(queues, msix), Arc::clone(&slots.bus));
+        let endpoint = Endpoint::new(&ids, bars, capabilities(queues, msix), &slots.bus);
         Ok(Self { transport, registers, endpoint })
     }
 
@@ -465,24 +460,18 @@ impl Lifecycle for VirtioPci {
 
     fn save(&self, proof: &Paused<'_>) -> State {
         let vectors = &self.registers.vectors;
-        let saved = Saved {
+        State::of(&Saved {
             transport: self.transport.save(proof),
             endpoint: self.endpoint.save(),
             config_vector: vectors.config.load(Acquire),
             queue_vectors: vectors.queues.iter().map(|vector| vector.load(Acquire)).collect(),
             interrupt_status: vectors.status.load(Acquire),
             selected: *self.registers.selected(),
-        };
-        let body = serde_json::to_value(saved).unwrap_or_default();
-        State { kind: KIND.to_owned(), version: VERSION, body }
+        })
     }
 
     fn restore(&self, proof: &Paused<'_>, state: &State) -> Result<(), RestoreError> {
-        if state.kind != KIND || state.version != VERSION {
-            let State { kind, version, .. } = state;
-            return Err(self.refuse(format!("{kind} version {version}, not {KIND} {VERSION}")));
-        }
-        let saved: Saved = Saved::deserialize(&state.body).map_err(|error| self.refuse(error))?;
+        let saved: Saved = state.body().map_err(|why| self.refuse(why))?;
         self.endpoint.accepts(&saved.endpoint).map_err(|why| self.refuse(why))?;
         let vectors = &self.registers.vectors;
         if saved.queue_vectors.len() != vectors.queues.len() {

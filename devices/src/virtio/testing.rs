@@ -1,5 +1,6 @@
 //! A guest in this process: the driver's side of virtio, on real rings in real guest memory.
 
+mod dice;
 mod plugged;
 
 use std::collections::BTreeMap;
@@ -14,6 +15,7 @@ use std::time::Duration;
 use iothread::{Cx, ExitCx, LoopHandle, PollPolicy, Port, Sched, Thread, ThreadSpec, VcpuLoop};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+pub use dice::Dice;
 use plugged::Raised;
 pub use plugged::{Interrupt, Interrupts, Plugged, Via};
 

@@ -10,7 +10,7 @@ use devices::block::raw::{Engine, Options, RawImage};
 use devices::virtio::Mem;
 use devices::virtio::blk::Blk;
 use devices::virtio::seat::Placement;
-use devices::virtio::testing::{Plugged, Rig, TestLoop, Via, memory};
+use devices::virtio::testing::{Dice, Plugged, Rig, TestLoop, Via, memory};
 use devices::virtio::transport::status;
 use iothread::{PollPolicy, VcpuLoop};
 use vm_memory::{Bytes, GuestAddress};
@@ -32,37 +32,17 @@ const HEADER: u64 = 0x10_0000;
 const DATA: u64 = 0x11_0000;
 const STATUS: u64 = 0x12_0000;
 
-/// A small fast generator (xorshift64*).
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        (self.roll() >> 16) % limit
-    }
-
-    fn of<T: Copy>(&mut self, choices: &[T]) -> T {
-        choices[self.below(choices.len() as u64) as usize]
-    }
-
-    /// A number that somebody may not have thought of.
-    fn odd(&mut self) -> u64 {
-        match self.below(8) {
-            0 => 0,
-            1 => u64::MAX,
-            2 => self.below(8),
-            3 => 1 << self.below(64),
-            4 => MEMORY - 32 + self.below(64),
-            5 => RINGS + self.below(RING * u64::from(QUEUES)),
-            6 => DATA + self.below(0x1_0000),
-            _ => self.roll(),
-        }
+/// A number that somebody may not have thought of.
+fn odd(dice: &mut Dice) -> u64 {
+    match dice.below(8) {
+        0 => 0,
+        1 => u64::MAX,
+        2 => dice.below(8),
+        3 => 1 << dice.below(64),
+        4 => MEMORY - 32 + dice.below(64),
+        5 => RINGS + dice.below(RING * u64::from(QUEUES)),
+        6 => DATA + dice.below(0x1_0000),
+        _ => dice.roll(),
     }
 }
 
@@ -74,7 +54,7 @@ fn make_noise(device: &Plugged, mem: &Mem, dice: &mut Dice, vcpu: &mut VcpuLoop)
     };
     let width = dice.of(&[4, 4, 4, 1, 2, 8]);
     let exit = &mut vcpu.exit();
-    let value = dice.odd().to_le_bytes();
+    let value = odd(dice).to_le_bytes();
     match dice.below(100) {
         0..25 => device.poke(4 * dice.below(control / 4), &value[..width], exit),
         25..30 => device.poke(dice.below(page - 8), &value[..width], exit),
@@ -141,14 +121,14 @@ fn machine(seed: u64, placement: Placement<iothread::LoopHandle>, engine: Engine
         let (device, mem, done) = (&rig.transport, &rig.mem, &AtomicBool::new(false));
         std::thread::scope(|scope| {
             let race = move || {
-                let (mut dice, mut vcpu) = (Dice(!seed ^ round << 8 | 1), VcpuLoop::enter());
+                let (mut dice, mut vcpu) = (Dice::new(!seed ^ round << 8), VcpuLoop::enter());
                 while !done.load(Relaxed) {
                     make_noise(device, mem, &mut dice, &mut vcpu);
                 }
             };
             let second = (round % 4 == 3).then(|| scope.spawn(race));
             let first = scope.spawn(move || {
-                let (mut dice, mut vcpu) = (Dice(seed ^ round << 8 | 1), VcpuLoop::enter());
+                let (mut dice, mut vcpu) = (Dice::new(seed ^ round << 8), VcpuLoop::enter());
                 for _ in 0..STEPS {
                     make_noise(device, mem, &mut dice, &mut vcpu);
                 }
