@@ -1,8 +1,9 @@
 //! A virtio function is plugged into a root port and unplugged, as its guest sees it.
 
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
 use devices::bus::Bus;
@@ -258,4 +259,56 @@ fn a_port_and_what_is_in_it_are_saved_and_restored() {
     assert_eq!([1, 2].map(|bus| to.vendor(bus)), [0xffff, 0x1af4]);
     assert_eq!((to.queues(WINDOW), to.queues(0xd100_0000)), (None, Some(1)));
     assert_eq!(to.slot_status(), PRESENT | CHANGES);
+}
+
+/// The guest writes whatever it likes to the port and to what is behind it, while functions come and
+/// go: nobody waits for anybody for good, and in the end nothing is left on the bus.
+#[test]
+fn plugging_and_the_guest_do_not_get_in_each_others_way() {
+    let home = TestLoop::new("home", PollPolicy::OFF);
+    let machine = Machine::new();
+    let function = machine.function(&home);
+    let (port, memory) = (Arc::clone(&machine.root_ports[0]), Arc::clone(&machine.memory));
+    let (done, all_there) = (AtomicBool::new(false), Barrier::new(3));
+    std::thread::scope(|scope| {
+        for start in 0..2_usize {
+            let (memory, done, all_there) = (&memory, &done, &all_there);
+            scope.spawn(move || {
+                let mut vcpu = VcpuLoop::enter();
+                let port = |byte| Machine::config(0, 1, byte);
+                let device = |byte| Machine::config(1, 0, byte);
+                let writes: [(u64, u32); 10] = [
+                    (port(COMMAND), 4),
+                    (device(BAR_0), WINDOW as u32 + 0x4000),
+                    (port(COMMAND), 6),
+                    (port(SLOT_CONTROL), 0xffff_13e9),
+                    (port(MEMORY_WINDOW), 0xd100_d100),
+                    (port(SLOT_CONTROL - 8), 1 << 4),
+                    (device(COMMAND), 0),
+                    (port(MEMORY_WINDOW), 0xd020_d020),
+                    (device(COMMAND), 6),
+                    (port(SLOT_CONTROL - 8), 0),
+                ];
+                all_there.wait();
+                for (address, value) in writes.iter().cycle().skip(start * 5) {
+                    memory.write(*address, &value.to_le_bytes(), &mut vcpu.exit());
+                    memory.read(device(0), &mut [0; 4], &mut vcpu.exit());
+                    if done.load(Ordering::SeqCst) {
+                        break;
+                    }
+                }
+            });
+        }
+        all_there.wait();
+        for _ in 0..20_000 {
+            port.plug(Arc::clone(&function) as _).unwrap();
+            port.press_button();
+            assert!(port.unplug().is_some());
+        }
+        done.store(true, Ordering::SeqCst);
+    });
+    let mut vcpu = VcpuLoop::enter();
+    for base in (WINDOW..WINDOW + 0x10_0000).step_by(0x1000).chain([0xd100_0000]) {
+        assert!(!memory.read(base, &mut [0; 4], &mut vcpu.exit()), "{base:#x}");
+    }
 }

@@ -313,5 +313,9 @@ mod tests {
         assert_eq!(root.insert(at(2, 1), &tag(0)), Err(InsertError::Alone(at(2, 1))));
         assert_eq!(InsertError::Taken(at(0x1f, 7)).to_string(), "00:1f.7 is taken");
         assert_eq!((Address::new(32, 0), Address::new(0, 8)), (None, None));
+        let elsewhere = at(1, 2).on_bus(0xab);
+        assert_eq!((elsewhere.bus(), elsewhere.slot(), elsewhere.function()), (0xab, 1, 2));
+        assert_eq!(root.insert(elsewhere, &tag(0)), Err(InsertError::NotHere(elsewhere)));
+        assert_eq!(elsewhere.to_string(), "ab:01.2");
     }
 }
