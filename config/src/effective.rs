@@ -46,7 +46,7 @@ fn write(out: &mut String, plan: &Plan) -> std::fmt::Result {
         Transport::Pci => "pci",
         Transport::Mmio => "mmio",
     };
-    writeln!(out, "transport = \"{transport}\"")?;
+    writeln!(out, "transport = \"{transport}\"\nhotplug-slots = {}", machine.hotplug_slots)?;
     writeln!(out, "rtc = {}\ndebug-exit = {}", machine.rtc, machine.debug_exit)?;
 
     plan.numa.iter().try_for_each(|node| write_node(out, node))?;

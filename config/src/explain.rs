@@ -24,6 +24,8 @@ pub struct Explanation {
     pub threads: Vec<ThreadReport>,
     /// The guest's NUMA nodes; empty: it is told of none.
     pub nodes: Vec<NodeReport>,
+    /// Hot-plug slots, empty at the start.
+    pub hotplug_slots: u8,
     /// What is doubtful.
     pub warnings: Vec<Problem>,
     /// Bytes of guest memory.
@@ -203,6 +205,7 @@ pub fn explain(plan: &Plan, host: &Host) -> Explanation {
         name: plan.name.clone(),
         threads,
         nodes: guest_nodes.collect(),
+        hotplug_slots: plan.machine.hotplug_slots,
         warnings: findings::all(plan, host, &work),
         memory: plan.machine.memory,
         host_cpus: host.usable().len(),

@@ -87,6 +87,10 @@ const MAX_PREALLOC_THREADS: i64 = 256;
 const MAX_HOST_NODE: i64 = 1023;
 /// The most devices with a name.
 pub(crate) const MAX_DEVICES: usize = 255;
+/// Each is a function of its own on PCI bus 0 and a bus behind it.
+const MAX_HOTPLUG_SLOTS: i64 = 31;
+/// Places on PCI bus 0: 8 functions in each of 32 slots, without the host bridge's slot.
+pub(crate) const PCI_PLACES: usize = 31 * 8;
 /// The kernel cuts thread names there.
 const THREADS: Names = Names { longest: 15, most: 4096 };
 /// A virtio-blk device tells the guest its name in so many bytes.
@@ -138,6 +142,12 @@ static MACHINE: Table = table(&[
         Words(&["pci", "mmio"]),
         Value("\"pci\""),
         "How the guest reaches its virtio devices.",
+    ),
+    key(
+        "hotplug-slots",
+        Int(0, MAX_HOTPLUG_SLOTS),
+        Value("0"),
+        "PCIe root ports, empty at the start, to plug devices into while the guest runs.",
     ),
     key("rtc", Bool, Value("true"), "A real-time clock; Linux does without it, by KVM's clock."),
     key("debug-exit", Bool, Value("false"), "A port at 0xf4 where the guest can end the run."),

@@ -55,6 +55,8 @@ pub struct Machine {
     pub topology: Topology,
     /// How the guest reaches its virtio devices.
     pub transport: Transport,
+    /// PCIe root ports to plug devices into while the guest runs, 0 to 31; 0 without PCI.
+    pub hotplug_slots: u8,
     /// Is there a debug-exit port at 0xf4?
     pub debug_exit: bool,
 }

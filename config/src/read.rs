@@ -40,7 +40,7 @@ pub(crate) fn plan(report: &Report, tree: &Table, default_name: &str) -> Plan {
     let disks = devices::disks(&root, &threads, count, &mut files);
     let rngs = devices::rngs(&root, &threads);
     let serials = devices::serials(&root, &mut files);
-    devices::check_count(&root, disks.len() + rngs.len());
+    devices::check_count(&root, disks.len() + rngs.len(), &machine);
     Plan {
         name: name(&root).unwrap_or_else(|| default_name.to_owned()),
         machine,

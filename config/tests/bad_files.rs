@@ -43,7 +43,7 @@ fn unknown_keys_and_their_nearest() {
                 4,
                 1,
                 "`machine.xyzzy`",
-                "known here: `memory`, `cpus`, `transport`, `rtc`, `debug-exit`",
+                "known here: `memory`, `cpus`, `transport`, `hotplug-slots`, `rtc`, `debug-exit`",
             ),
         ],
     );
@@ -90,6 +90,27 @@ fn wrong_types_and_units() {
     expect("[machine]\ncpus = -1", &[(2, 8, "an integer from 1 to 1024", "")]);
     expect("[machine]\ncpus = inf", &[(2, 8, "found a float", "")]);
     expect("[machine]\ncpus = \"4\"", &[(2, 8, "found a string", "without quotes")]);
+}
+
+#[test]
+fn hot_plug_slots_that_cannot_be() {
+    let range = "`machine.hotplug-slots` must be an integer from 0 to 31";
+    for slots in ["32", "-1", "9223372036854775808"] {
+        expect(&format!("[machine]\nhotplug-slots = {slots}"), &[(2, 17, range, "")]);
+    }
+    expect("[machine]\nhotplug-slots = \"2\"", &[(2, 17, "found a string", "without quotes")]);
+    expect("[machine]\nhotplug_slots = 2", &[(2, 1, "unknown key", "`hotplug-slots`?")]);
+    expect(
+        "[machine]\nhotplug-slots = 1\ntransport = \"mmio\"",
+        &[(2, 17, "with `transport = \"mmio\"` there is no PCI", "leave one of the two out")],
+    );
+    let disks: String = (0..218).map(|nth| format!("[disk.d{nth}]\nsize = \"1M\"\n")).collect();
+    expect(
+        &format!("[machine]\nhotplug-slots = 31\n{disks}"),
+        &[(1, 2, "218 disks and rngs and 31 hot-plug slots are too many", "")],
+    );
+    let fits = format!("[machine]\nhotplug-slots = 30\n{disks}");
+    assert!(load_str("vm.toml", &fits, Path::new("/base"), &[]).is_ok());
 }
 
 #[test]

@@ -534,3 +534,19 @@ fn guest_nodes_and_short_lived_threads_are_explained() {
     assert_eq!(json["totals"]["threads"], 6);
     assert_eq!(json["memory"], 258 << 20);
 }
+
+#[test]
+fn hot_plug_slots_are_explained() {
+    let host = synthetic(1, 2, 1);
+    let without = explain(&plan(""), &host);
+    assert!(!without.render(80).contains("hot-plug"));
+    for (slots, words) in [
+        (1, "1 hot-plug slot, empty at the start: a PCIe root port with bus 1 behind it\n"),
+        (2, "2 hot-plug slots, empty at the start: PCIe root ports with buses 1-2 behind them\n"),
+    ] {
+        let with = explain(&plan(&format!("machine.hotplug-slots = {slots}")), &host);
+        assert!(with.render(100).contains(words), "{}", with.render(100));
+        assert_eq!(with.to_json()["hotplug-slots"], slots);
+        assert_eq!((with.fds(), with.threads), (without.fds(), without.threads.clone()));
+    }
+}

@@ -48,7 +48,7 @@ fn nothing_is_needed() {
     assert_eq!((plan.name.as_str(), plan.machine.memory, plan.vcpus.len()), ("vm", 256 << 20, 1));
     let flat = Topology { sockets: 1, dies: 1, cores: 1, threads: 1 };
     assert_eq!((plan.machine.topology, plan.machine.debug_exit), (flat, false));
-    assert_eq!(plan.machine.transport, Transport::Pci);
+    assert_eq!((plan.machine.transport, plan.machine.hotplug_slots), (Transport::Pci, 0));
     assert_eq!((plan.boot.kernel, plan.disks.len(), plan.rngs.len()), (None, 0, 0));
     let poll = Poll { max: Duration::from_micros(32), grow: 2, shrink: 0, share: 100 };
     let main = Thread { name: "main".into(), cpus: None, sched: Sched::Other { nice: 0 }, poll };
@@ -86,6 +86,17 @@ fn all_examples_load_and_their_effective_text_loads_to_the_same() {
         assert_eq!(again.plan, loaded.plan);
         assert_eq!(again.effective, loaded.effective);
     }
+}
+
+#[test]
+fn hot_plug_slots_are_in_the_plan_and_in_the_effective_text() {
+    let loaded = loads("machine.hotplug-slots = 31");
+    assert_eq!(loaded.plan.machine.hotplug_slots, 31);
+    assert!(loaded.effective.contains("\nhotplug-slots = 31\n"), "{}", loaded.effective);
+    assert_eq!(loads(&loaded.effective).plan.machine, loaded.plan.machine);
+    let overridden = sets("machine.hotplug-slots = 31", &["machine.hotplug-slots=2"]);
+    assert_eq!(overridden.plan.machine.hotplug_slots, 2);
+    assert_eq!(sets("", &["machine.transport=mmio"]).plan.machine.hotplug_slots, 0);
 }
 
 #[test]

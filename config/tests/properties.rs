@@ -145,14 +145,16 @@ fn good_file() -> impl Strategy<Value = String> {
     let name = "[ -~\u{e9}\u{1f9f6}]{1,20}";
     let poll = (0u64..1_000_000_000, 2u32..1000, 0u32..1000, 1u32..=100);
     let transport = select(vec!["pci", "mmio"]);
-    let machine = (1u32..70, 1u64..(32 << 20), any::<bool>(), transport);
+    let slots = (transport, 0u8..32);
+    let machine = (1u32..70, 1u64..(32 << 20), any::<bool>(), slots);
     let disk = (0usize..4, 1u32..65, 0u32..9, any::<[bool; 4]>(), 1u64..(1 << 40));
     (name, machine, sched, affinity, poll, prop::collection::vec(disk, 0..5), any::<u64>()).prop_map(
-        |(name, (cpus, memory, debug, transport), sched, affinity, (max, grow, shrink, share), disks, seed)| {
+        |(name, (cpus, memory, debug, (transport, slots)), sched, affinity, (max, grow, shrink, share), disks, seed)| {
             let name = toml_string(&name);
+            let slots = if transport == "pci" { slots } else { 0 };
             let mut text = format!(
                 "name = {name}\n[machine]\nmemory = \"{}M\"\ncpus = {cpus}\ndebug-exit = {debug}\n\
-                 transport = \"{transport}\"\n[vcpu]\nsched = {sched}\naffinity = \"{affinity}\"\npin.0 = \"8191\"\n\
+                 transport = \"{transport}\"\nhotplug-slots = {slots}\n[vcpu]\nsched = {sched}\naffinity = \"{affinity}\"\npin.0 = \"8191\"\n\
                  [thread.a]\nsched = {sched}\npoll = {{ max = \"{max}ns\", grow = {grow}, shrink = {shrink}, share = {share} }}\n\
                  [thread.b]\ncpus = \"{}\"\n",
                 memory * 2,

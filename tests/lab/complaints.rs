@@ -10,7 +10,7 @@ use crate::guest::{self, Disk};
 use crate::job::{Job, Place};
 use crate::kit::{self, Kit};
 use crate::l1::L1;
-use crate::matrix::{Guest, Only};
+use crate::matrix::{Guest, Only, Transport};
 use crate::{At, Result, With};
 
 /// Levels of the kernel's log up to this are warnings and worse.
@@ -79,7 +79,10 @@ pub fn run(with: &With, only: &Only) -> Result<bool> {
     for transport in only.transports() {
         for kernel in only.kernels() {
             let guest = Guest { cpus: CPUS, place: Place::Main, transport, kernel, reboots: false };
-            let toml = guest.toml("check", "256M", &with.append);
+            let mut toml = guest.toml("check", "256M", &with.append);
+            if transport == Transport::Pci {
+                toml = toml.replacen("[machine]\n", "[machine]\nhotplug-slots = 2\n", 1);
+            }
             let limit = Duration::from_secs(150);
             jobs.push(Job::heddle(&guest.name(), toml, Some(image.clone()), limit));
         }

@@ -79,8 +79,14 @@ fn pass(machine: &Description<'_>) -> Vec<String> {
 fn iasl_reads_every_table_and_compiles_it_back() {
     let many: Vec<u32> = (0..1024).collect();
     let mmio: Vec<_> = (0..15).map(|nth| MmioSlot::new(nth, "disk.d").unwrap()).collect();
-    let with_pci =
-        Description { apic_ids: &[0], rtc: true, serials: &[0], pci: true, mmio: &[], nodes: &[] };
+    let with_pci = Description {
+        apic_ids: &[0],
+        rtc: true,
+        serials: &[0],
+        pci_buses: 1,
+        mmio: &[],
+        nodes: &[],
+    };
     let names = pass(&with_pci);
     assert_eq!(names, ["XSDT", "FACS", "DSDT", "FACP", "APIC", "MCFG"]);
     let node = |vcpus: &str, ranges: &[Range<u64>], distances: [u8; 2]| GuestNode {
@@ -94,6 +100,8 @@ fn iasl_reads_every_table_and_compiles_it_back() {
     ];
     let large = Description { apic_ids: &many, serials: &[0, 1, 2, 3], nodes: &nodes, ..with_pci };
     assert_eq!(pass(&large)[5..], ["MCFG", "SRAT", "SLIT"]);
-    let without_pci = pass(&Description { pci: false, rtc: false, mmio: &mmio, ..with_pci });
+    let with_slots = Description { pci_buses: 32, ..with_pci };
+    assert_eq!(pass(&with_slots), names);
+    let without_pci = pass(&Description { pci_buses: 0, rtc: false, mmio: &mmio, ..with_pci });
     assert!(!without_pci.contains(&"MCFG".to_owned()));
 }

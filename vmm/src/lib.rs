@@ -7,6 +7,7 @@ pub mod cli;
 pub mod console;
 pub mod cpuid;
 pub mod ending;
+pub mod hotplug;
 pub mod irq;
 pub mod limits;
 pub mod machine;

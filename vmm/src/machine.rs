@@ -12,7 +12,7 @@ use devices::bus::Bus;
 use devices::device::{Device, Lifecycle, Paused};
 use devices::irq::SharedLine;
 use devices::legacy::{DebugExit, I8042, PanicPort, PowerPorts, Rtc, Serial};
-use devices::pci::{BarSpace, ConfigPorts, Ecam, Function, PciRoot};
+use devices::pci::{BarSpace, ConfigPorts, Ecam, Function, PciRoot, RootPort};
 use devices::power::Power;
 use devices::virtio::blk::Blk;
 use devices::virtio::mmio::{Socket, VirtioMmio};
@@ -31,6 +31,7 @@ use crate::acpi::Description;
 use crate::boot::{self, Boot, BootError};
 use crate::cpuid::{self, Topology};
 use crate::ending::Ending;
+use crate::hotplug;
 use crate::irq::{KvmEdge, KvmIrq, KvmLine};
 use crate::limits;
 use crate::memory::{self, BARS, Backing, ECAM, GuestMemory, KVM_PAGES};
@@ -84,6 +85,8 @@ pub struct Machine {
     pub power_button: Arc<PowerPorts>,
     /// Its serial ports, in the order of the plan.
     pub serials: Vec<Arc<Serial>>,
+    /// Its hot-plug slots, empty at the start.
+    pub hotplug_slots: Vec<Arc<RootPort>>,
     /// The threads that touched its memory, which have ended.
     pub prealloc: Vec<Granted>,
     shared: Arc<vcpu::Shared>,
@@ -146,6 +149,7 @@ impl Machine {
         parts.mmio_slots = (plan.machine.transport == plan::Transport::Mmio).then(Vec::new);
         parts.add_disks(plan)?;
         parts.add_rngs(plan)?;
+        let hotplug_slots = parts.add_hotplug_slots(plan)?;
         timing.lap("devices");
         let serials: Vec<usize> = plan.serials.iter().map(port_number).collect();
         let mmio = parts.mmio_slots.as_deref();
@@ -153,7 +157,7 @@ impl Machine {
             apic_ids: &apic_ids,
             rtc: plan.machine.rtc,
             serials: &serials,
-            pci: mmio.is_none(),
+            pci_buses: if mmio.is_none() { 1 + plan.machine.hotplug_slots } else { 0 },
             mmio: mmio.unwrap_or_default(),
             nodes: &memory::nodes(plan),
         };
@@ -179,6 +183,7 @@ impl Machine {
             fallbacks,
             power_button,
             serials,
+            hotplug_slots,
             prealloc: touched.threads,
             shared,
             vcpus,
@@ -210,17 +215,17 @@ impl Machine {
     /// not come to rest within five seconds is named and left behind; then `resources` are still
     /// in use and must not be freed.
     pub fn stop(self, resources: &Resources, blocking: &Blocking) -> Result<(), String> {
-        let Self { shared, vcpus, start, devices, memory, .. } = self;
+        let Self { shared, vcpus, start, devices, hotplug_slots, memory, .. } = self;
         shared.stop.store(true, Release);
         drop(start);
         let stopped = stop_vcpus(vcpus);
         let paused = Paused::pause(&devices, blocking, REST_LIMIT).map_err(|e| e.to_string());
         if let Err(why) = stopped.and(paused.map(drop)) {
             // Requests are in flight: nothing they use may be freed.
-            std::mem::forget((shared, devices, memory));
+            std::mem::forget((shared, devices, hotplug_slots, memory));
             return Err(why);
         }
-        drop((shared, devices));
+        drop((shared, devices, hotplug_slots));
         resources.let_go(blocking);
         drop(memory);
         Ok(())
@@ -346,7 +351,8 @@ impl<'a> Parts<'a> {
         let config = ConfigPorts::new(Arc::clone(&self.root), Arc::clone(&power));
         Self::put(&self.ports, ConfigPorts::PORT, ConfigPorts::SIZE, Arc::new(config))?;
         let ecam = Ecam::new(Arc::clone(&self.root));
-        Self::put(&self.mmio, ECAM, Ecam::BUS_SIZE, Arc::new(ecam))?;
+        let buses = 1 + plan.machine.hotplug_slots;
+        Self::put(&self.mmio, ECAM, Ecam::size(buses), Arc::new(ecam))?;
         let switch = Arc::clone(&self.power_button);
         Self::put(&self.ports, PowerPorts::PORT, PowerPorts::SIZE, switch)?;
         if plan.machine.rtc {
@@ -390,6 +396,13 @@ impl<'a> Parts<'a> {
             self.plug(&format!("rng.{}", rng.name), Arc::new(Rng), &[rng.place])?;
         }
         Ok(())
+    }
+
+    fn add_hotplug_slots(&mut self, plan: &Plan) -> Result<Vec<Arc<RootPort>>, HostError> {
+        let (count, msi) = (plan.machine.hotplug_slots, &self.slots.msi);
+        let ports = hotplug::ports(count, &self.root, &mut self.space, msi, &self.pci_lines)?;
+        self.devices.extend(ports.iter().map(|port| Arc::clone(port) as Arc<dyn Lifecycle>));
+        Ok(ports)
     }
 
     fn plug(

@@ -3,7 +3,7 @@
 //! ```text
 //! 0          RAM, with the boot data at BOOT_DATA..1 MiB
 //! 0xc0000000 PCI BARs
-//! 0xe0000000 PCI configuration space (ECAM), one bus
+//! 0xe0000000 PCI configuration space (ECAM), 1 MiB per bus
 //! 0xfeb00000 virtio-mmio devices, 4 KiB each
 //! 0xfec00000 IOAPIC, 0xfee00000 local APICs, 0xfffbc000 KVM's own pages
 //! 4 GiB      the rest of RAM
@@ -40,7 +40,7 @@ pub const ONE_MIB: u64 = 0x10_0000;
 pub const LOW_RAM_END: u64 = 0xc000_0000;
 /// The window for BARs.
 pub const BARS: Range<u64> = 0xc000_0000..0xe000_0000;
-/// Configuration space of bus 0.
+/// Configuration space, from bus 0 on.
 pub const ECAM: u64 = 0xe000_0000;
 /// The window for virtio-mmio devices.
 pub const MMIO_DEVICES: Range<u64> = 0xfeb0_0000..0xfec0_0000;

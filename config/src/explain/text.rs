@@ -32,6 +32,7 @@ pub(super) fn render(explanation: &Explanation, width: usize) -> String {
         }
     }
     nodes(&mut text, explanation, width);
+    hotplug_slots(&mut text, explanation.hotplug_slots, width);
     totals(&mut text, explanation, width);
     for problem in &explanation.warnings {
         let kind = match problem.severity {
@@ -70,6 +71,22 @@ fn nodes(text: &mut String, explanation: &Explanation, width: usize) {
         let memory = format_size(*memory);
         wrap(text, &format!("guest node {node}: {vcpus}, {memory} {from}"), "", "    ", width);
     }
+}
+
+/// The slots, and where the guest finds what is plugged into them.
+fn hotplug_slots(text: &mut String, slots: u8, width: usize) {
+    let words = match slots {
+        0 => return,
+        1 => {
+            "1 hot-plug slot, empty at the start: a PCIe root port with bus 1 behind it".to_owned()
+        }
+        _ => format!(
+            "{slots} hot-plug slots, empty at the start: PCIe root ports with buses 1-{slots} \
+             behind them"
+        ),
+    };
+    text.push('\n');
+    wrap(text, &words, "", "    ", width);
 }
 
 /// One row per thread, vCPUs that differ only in their number together.

@@ -2,8 +2,10 @@
 
 use super::Files;
 use super::placement::{placement, placements};
-use crate::keys::MAX_DEVICES;
-use crate::plan::{Disk, DiskSource, Engine, MAIN, Placement, Rng, Serial, SerialOut, Thread};
+use crate::keys::{MAX_DEVICES, PCI_PLACES};
+use crate::plan::{
+    Disk, DiskSource, Engine, MAIN, Machine, Placement, Rng, Serial, SerialOut, Thread,
+};
 use crate::reader::Reader;
 use crate::value::Value;
 
@@ -13,7 +15,15 @@ const SECTOR: u64 = 512;
 const LARGEST_DISK: u64 = i64::MAX as u64;
 const SERIAL_PORTS: [&str; 4] = ["com1", "com2", "com3", "com4"];
 
-pub(super) fn check_count(root: &Reader<'_>, count: usize) {
+pub(super) fn check_count(root: &Reader<'_>, count: usize, machine: &Machine) {
+    let slots = usize::from(machine.hotplug_slots);
+    if slots > 0 && count + slots > PCI_PLACES {
+        let message = format!(
+            "{count} disks and rngs and {slots} hot-plug slots are too many for a PCI bus, which has \
+             {PCI_PLACES} places"
+        );
+        root.report.error(root.loc_of("machine"), message, None);
+    }
     if count > MAX_DEVICES {
         let message =
             format!("{count} disks and rngs together are too many, the most is {MAX_DEVICES}");

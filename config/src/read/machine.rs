@@ -26,11 +26,33 @@ pub(super) fn machine(table: &Reader<'_>) -> (Machine, u32, bool) {
         Some("mmio") => Transport::Mmio,
         _ => Transport::Pci,
     };
+    let hotplug_slots = hotplug_slots(table, transport);
     let debug_exit = table.value("debug-exit").and_then(|value| value.bool()).unwrap_or(false);
     let Topology { sockets, dies, cores, threads } = topology;
-    let machine =
-        Machine { rtc, memory, hugepages, shared, prealloc, topology, transport, debug_exit };
+    let machine = Machine {
+        rtc,
+        memory,
+        hugepages,
+        shared,
+        prealloc,
+        topology,
+        transport,
+        hotplug_slots,
+        debug_exit,
+    };
     (machine, sockets * dies * cores * threads, memory_table.has("size"))
+}
+
+fn hotplug_slots(table: &Reader<'_>, transport: Transport) -> u8 {
+    let Some(value) = table.value("hotplug-slots") else { return 0 };
+    let slots = value.int().unwrap_or(0);
+    if slots > 0 && transport == Transport::Mmio {
+        value.error(
+            "hot-plug slots are PCIe ports, and with `transport = \"mmio\"` there is no PCI",
+            Some("leave one of the two out".to_owned()),
+        );
+    }
+    slots
 }
 
 fn memory(table: &Reader<'_>) -> (u64, Option<u64>) {

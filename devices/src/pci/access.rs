@@ -57,12 +57,12 @@ impl ConfigPorts {
         Self { root, power, address: AtomicU32::new(0), reset: AtomicU8::new(0) }
     }
 
-    /// What the data port leads to; `None`: nothing, or a bus that does not exist.
+    /// What the data port leads to; `None`: nothing, it is not enabled.
     fn selected(&self) -> Option<(Address, u16)> {
         let address = self.address.load(SeqCst);
         let [register, place, bus, _] = address.to_le_bytes();
-        let there = address & ENABLE != 0 && bus == 0;
-        there.then_some((Address::from_bits(place), u16::from(register / 4)))
+        let to = Address::from_bits(u16::from_le_bytes([place, bus]));
+        (address & ENABLE != 0).then_some((to, u16::from(register / 4)))
     }
 
     /// The address and the state of the reset register, to be saved.
@@ -119,7 +119,7 @@ impl Device for ConfigPorts {
 }
 
 /// Configuration space in memory: the enhanced configuration access mechanism (PCI Express 3.0
-/// §7.2.2). 4 KiB per function, 1 MiB per bus; buses beyond 0 read all ones.
+/// §7.2.2). 4 KiB per function, 1 MiB per bus, from bus 0 on.
 #[derive(Debug)]
 pub struct Ecam {
     root: Arc<PciRoot>,
@@ -129,6 +129,11 @@ impl Ecam {
     /// Bytes per bus.
     pub const BUS_SIZE: u64 = 1 << 20;
 
+    /// Bytes for `buses` buses.
+    pub const fn size(buses: u8) -> u64 {
+        buses as u64 * Self::BUS_SIZE
+    }
+
     /// Memory in which the functions of `root` are found.
     pub fn new(root: Arc<PciRoot>) -> Self {
         Self { root }
@@ -136,8 +141,8 @@ impl Ecam {
 
     /// The function and register behind a register of the whole range.
     fn find(register: u64) -> Option<(Address, u16)> {
-        let place = u8::try_from(register >> 10).ok()?;
-        Some((Address::from_bits(place), (register & 0x3ff) as u16))
+        let bits = u16::try_from(register >> 10).ok()?;
+        Some((Address::from_bits(bits), (register & 0x3ff) as u16))
     }
 }
 

@@ -1,4 +1,5 @@
-//! The configuration space of a function with a type 0 header (PCI 3.0 §6.1).
+//! The configuration space of a function: a type 0 header (PCI 3.0 §6.1), or the type 1 header of a
+//! bridge (PCI-to-PCI Bridge 1.2 §3.2).
 //!
 //! Each register is a value and a mask of the bits a guest may write. That alone makes BARs
 //! work: the low bits of an address cannot be written, so a guest that writes all ones reads back
@@ -16,6 +17,7 @@ pub(super) const COMMAND_STATUS: u16 = 1;
 const CLASS: usize = 2;
 pub(super) const BAR_0: u16 = 4;
 const SUBSYSTEM: usize = 0x2c / 4;
+const HEADER_TYPE: usize = 0x0c / 4;
 const CAPABILITIES: usize = 0x34 / 4;
 const INTERRUPT: usize = 0x3c / 4;
 const FIRST_CAPABILITY: usize = 0x40;
@@ -25,7 +27,11 @@ const MEMORY_SPACE: u32 = 1 << 1;
 const BUS_MASTER: u32 = 1 << 2;
 const INTERRUPT_DISABLE: u32 = 1 << 10;
 /// STATUS, PCI 3.0 §6.2.3, in the upper half of the register.
+pub(super) const INTERRUPT_STATUS: u32 = 1 << (16 + 3);
 const HAS_CAPABILITIES: u32 = 1 << (16 + 4);
+
+/// The capability with a bridge's subsystem ids (PCI 3.0 appendix H).
+const SUBSYSTEM_IDS: u8 = 0x0d;
 
 /// A memory BAR of 64 bits, not prefetchable (PCI 3.0 §6.2.5.1).
 const BAR_64_BIT: u32 = 0b100;
@@ -63,16 +69,33 @@ impl Config {
     /// A function without BARs and capabilities, with memory decoding and bus mastering on, as
     /// firmware leaves it.
     pub fn new(ids: &Ids) -> Self {
+        let mut config = Self::with_common_header(ids);
+        config.set(SUBSYSTEM, pair(ids.subsystem_vendor, ids.subsystem));
+        config
+    }
+
+    /// A bridge with a type 1 header whose bus numbers and windows are 0, without BARs and
+    /// capabilities; decoding and bus mastering are on. The board's ids have no place in such a
+    /// header and go into a capability (PCI-to-PCI Bridge 1.2 §3.2.5.13).
+    pub fn bridge(ids: &Ids) -> Self {
+        let mut config = Self::with_common_header(ids);
+        config.set(HEADER_TYPE, 1 << 16);
+        let [a, b] = ids.subsystem_vendor.to_le_bytes();
+        let [c, d] = ids.subsystem.to_le_bytes();
+        config.add_capability(SUBSYSTEM_IDS, &[0, 0, a, b, c, d], &[]);
+        config
+    }
+
+    /// What both types of header have in the same place.
+    fn with_common_header(ids: &Ids) -> Self {
         let mut config = Self {
             values: [const { AtomicU32::new(0) }; REGISTERS],
             writable: [0; REGISTERS],
             end: FIRST_CAPABILITY,
             link: CAPABILITIES * 4,
         };
-        let pair = |low: u16, high: u16| u32::from(high) << 16 | u32::from(low);
         config.set(ID, pair(ids.vendor, ids.device));
         config.set(CLASS, ids.class << 8 | u32::from(ids.revision));
-        config.set(SUBSYSTEM, pair(ids.subsystem_vendor, ids.subsystem));
         config.set(COMMAND_STATUS.into(), MEMORY_SPACE | BUS_MASTER);
         config.writable[usize::from(COMMAND_STATUS)] =
             MEMORY_SPACE | BUS_MASTER | INTERRUPT_DISABLE;
@@ -84,6 +107,17 @@ impl Config {
     /// The function has interrupt pin A.
     pub fn use_pin_a(&mut self) {
         self.set(INTERRUPT, 1 << 8);
+    }
+
+    /// A register with its value and the bits of it that the guest may write.
+    pub(super) fn define(&mut self, register: u16, value: u32, writable: u32) {
+        self.set(register.into(), value);
+        self.writable[usize::from(register)] = writable;
+    }
+
+    /// Is memory decoding on?
+    pub fn decodes_memory(&self) -> bool {
+        self.read(COMMAND_STATUS) & MEMORY_SPACE != 0
     }
 
     /// May the function pull its interrupt pin?
@@ -151,7 +185,7 @@ impl Config {
     pub fn bar(&self, index: u8) -> Option<u64> {
         let low = BAR_0 + u16::from(index);
         let address = u64::from(self.read(low + 1)) << 32 | u64::from(self.read(low) & !0xf);
-        (self.read(COMMAND_STATUS) & MEMORY_SPACE != 0).then_some(address)
+        self.decodes_memory().then_some(address)
     }
 
     /// All registers.
@@ -190,6 +224,10 @@ impl Config {
     }
 }
 
+fn pair(low: u16, high: u16) -> u32 {
+    u32::from(high) << 16 | u32::from(low)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -211,6 +249,13 @@ mod tests {
             assert_eq!(config.read(register), value);
         }
         assert_eq!(config.read(3), 0, "type 0, one function");
+    }
+
+    #[test]
+    fn a_bridge_has_its_board_in_a_capability() {
+        let config = Config::bridge(&IDS);
+        assert_eq!((config.read(3), config.read(11)), (0x0001_0000, 0));
+        assert_eq!((config.read(16), config.read(17)), (0x0000_000d, 0x1100_1af4));
     }
 
     #[test]

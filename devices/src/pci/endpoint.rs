@@ -6,12 +6,14 @@ use std::sync::{Arc, Weak};
 use iothread::ExitCx;
 use serde::{Deserialize, Serialize};
 
+use super::bridge;
 use super::capability::{Capability, Kind};
 use super::config::{BAR_0, COMMAND_STATUS, Config, Ids};
-use super::function::Function;
+use super::function::{Function, Upstream};
 use super::msix::{self, Msix};
 use crate::bus::Bus;
 use crate::device::Device;
+use crate::snapshot::Snapshot;
 
 /// Physical addresses have at most 52 bits (Intel SDM vol. 3, 4.1.4).
 const ADDRESS_LIMIT: u64 = 1 << 52;
@@ -58,7 +60,8 @@ pub struct Saved {
 
 /// A PCI function with its configuration space, BARs and capabilities.
 ///
-/// A BAR is decoded while memory decoding is on and its address is free. One that is where it
+/// A BAR is decoded while memory decoding is on and its address is free and, if the function is
+/// [behind a bridge](Function::move_behind), while that forwards it. One that is where it
 /// cannot be is not decoded; it is tried again at each write that may have changed that, to this
 /// function or to another.
 pub struct Endpoint {
@@ -73,6 +76,8 @@ pub struct Endpoint {
     /// By BAR: where it is decoded.
     #[expect(clippy::disallowed_types, reason = "taken where a BAR may move, and nowhere else")]
     at: std::sync::Mutex<Box<[Option<u64>]>>,
+    /// The bridge that it is behind; `None`: it is on the root bus. One that is gone forwards nothing.
+    upstream: Snapshot<Option<Weak<dyn Upstream>>>,
 }
 
 impl fmt::Debug for Endpoint {
@@ -100,8 +105,8 @@ impl Endpoint {
             }
         }
         let at = vec![None; bars.len()].into_boxed_slice().into();
-        let bus = Arc::downgrade(bus);
-        let endpoint = Self { config, bars: bars.into(), msix, window, bus, at };
+        let (bus, upstream) = (Arc::downgrade(bus), Snapshot::from_pointee(None));
+        let endpoint = Self { config, bars: bars.into(), msix, window, bus, at, upstream };
         endpoint.settle();
         endpoint
     }
@@ -211,10 +216,15 @@ impl Function for Endpoint {
 
     fn settle(&self) {
         let mut placements = self.placements();
+        let upstream = self.upstream.load();
+        let forwarded = |base, size| match &**upstream {
+            None => true,
+            Some(bridge) => bridge.upgrade().is_some_and(|bridge| bridge.forwards(base, size)),
+        };
         let wanted = |bar: &Bar| {
             let base = self.config.bar(bar.index)?;
             let sane = base != 0 && base.checked_add(bar.size)? <= ADDRESS_LIMIT;
-            sane.then_some(base)
+            (sane && forwarded(base, bar.size)).then_some(base)
         };
         let wanted: Vec<_> = self.bars.iter().map(wanted).collect();
         let each = || self.bars.iter().zip(&wanted);
@@ -233,6 +243,10 @@ impl Function for Endpoint {
             }
         }
     }
+
+    fn move_behind(&self, upstream: Weak<dyn Upstream>) {
+        self.upstream.store(Arc::new(Some(upstream)));
+    }
 }
 
 impl Drop for Endpoint {
@@ -242,9 +256,9 @@ impl Drop for Endpoint {
     }
 }
 
-/// Can a write to this register move a BAR?
+/// Can a write to this register move a BAR, or the window of a bridge that it is behind?
 pub(super) fn moves_bars(register: u16) -> bool {
-    register == COMMAND_STATUS || (BAR_0..BAR_0 + 6).contains(&register)
+    register == COMMAND_STATUS || (BAR_0..=bridge::LAST_WINDOW).contains(&register)
 }
 
 #[cfg(test)]

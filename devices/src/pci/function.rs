@@ -1,5 +1,7 @@
 //! What sits in a slot, and how accesses of any width become registers.
 
+use std::sync::Weak;
+
 use iothread::ExitCx;
 
 /// A PCI function, seen through its configuration space.
@@ -16,6 +18,18 @@ pub trait Function: Send + Sync {
     /// Another function has given up an address: if this one could not be decoded because of
     /// that, it can be now.
     fn settle(&self) {}
+
+    /// From now on the function is behind `upstream`, and is decoded only where that forwards
+    /// accesses. Takes effect with the next [`settle`](Self::settle). Functions that nobody has
+    /// told this are on the root bus.
+    fn move_behind(&self, _upstream: Weak<dyn Upstream>) {}
+}
+
+/// The way from the memory bus to a function behind a bridge.
+pub trait Upstream: Send + Sync {
+    /// Do accesses to all of `size` bytes from `base` come through? May be called by any thread, and
+    /// must take no lock: a function calls it while it holds its own.
+    fn forwards(&self, base: u64, size: u64) -> bool;
 }
 
 /// Reads `data.len()` bytes at `offset` out of registers of 4 bytes, each of them once.

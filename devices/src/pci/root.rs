@@ -1,4 +1,4 @@
-//! The root bus: who is in which slot.
+//! The root bus: who is in which slot, and which bus is behind which port.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -9,6 +9,7 @@ use iothread::ExitCx;
 use super::config::{Config, Ids};
 use super::endpoint::moves_bars;
 use super::function::Function;
+use super::root_port::RootPort;
 use crate::snapshot::Snapshot;
 
 /// The host bridge. This id is registered (as Red Hat's) for a virtual host bridge that has no
@@ -32,35 +33,47 @@ const MULTI_FUNCTION: u32 = 1 << (16 + 7);
 /// What a register reads as where nothing is.
 const NOTHING: u32 = u32::MAX;
 
-/// The place of a function on bus 0.
+/// The place of a function: bus, slot and function, from the top in 8, 5 and 3 bits.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Address(u8);
+pub struct Address(u16);
 
 impl Address {
-    /// Function `function`, 0 to 7, of slot `slot`, 0 to 31.
+    /// Function `function`, 0 to 7, of slot `slot`, 0 to 31, on bus 0.
     pub const fn new(slot: u8, function: u8) -> Option<Self> {
-        if slot < 32 && function < 8 { Some(Self(slot << 3 | function)) } else { None }
+        let fits = slot < 32 && function < 8;
+        if fits { Some(Self((slot << 3 | function) as u16)) } else { None }
+    }
+
+    /// The same slot and function on bus `bus`.
+    #[must_use]
+    pub const fn on_bus(self, bus: u8) -> Self {
+        Self((bus as u16) << 8 | self.0 & 0xff)
+    }
+
+    /// The bus.
+    pub const fn bus(self) -> u8 {
+        (self.0 >> 8) as u8
     }
 
     /// The slot, 0 to 31.
     pub const fn slot(self) -> u8 {
-        self.0 >> 3
+        self.0 as u8 >> 3
     }
 
     /// The function in the slot, 0 to 7.
     pub const fn function(self) -> u8 {
-        self.0 & 7
+        self.0 as u8 & 7
     }
 
-    /// From slot and function as they are encoded in configuration accesses and bus addresses.
-    pub(super) const fn from_bits(bits: u8) -> Self {
+    /// From bus, slot and function as they are encoded in configuration accesses.
+    pub(super) const fn from_bits(bits: u16) -> Self {
         Self(bits)
     }
 }
 
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "00:{:02x}.{}", self.slot(), self.function())
+        write!(f, "{:02x}:{:02x}.{}", self.bus(), self.slot(), self.function())
     }
 }
 
@@ -76,6 +89,9 @@ pub enum InsertError {
     /// Someone is there.
     #[error("{0} is taken")]
     Taken(Address),
+    /// The place is not on bus 0; behind a bridge, see [`RootPort::plug`].
+    #[error("{0} is not on the root bus")]
+    NotHere(Address),
     /// A slot starts with function 0, or the guest does not look at it (PCI 3.0 §3.2.2.3.4).
     #[error("{0}: the slot has no function 0")]
     Alone(Address),
@@ -86,11 +102,10 @@ pub enum InsertError {
 
 type Functions = BTreeMap<Address, Arc<dyn Function>>;
 
-/// Bus 0 with its host bridge, and no other bus behind it.
-///
-/// Finding a function takes no lock.
+/// Bus 0 with its host bridge, and behind each [`RootPort`] on it a bus with one place.
 pub struct PciRoot {
     functions: Snapshot<Functions>,
+    ports: Snapshot<Vec<Arc<RootPort>>>,
 }
 
 impl fmt::Debug for PciRoot {
@@ -102,7 +117,8 @@ impl fmt::Debug for PciRoot {
 impl Default for PciRoot {
     fn default() -> Self {
         let bridge: Arc<dyn Function> = Arc::new(HostBridge(Config::new(&HOST_BRIDGE)));
-        Self { functions: Snapshot::from_pointee(BTreeMap::from([(Address(0), bridge)])) }
+        let functions = Snapshot::from_pointee(BTreeMap::from([(Address(0), bridge)]));
+        Self { functions, ports: Snapshot::from_pointee(Vec::new()) }
     }
 }
 
@@ -113,6 +129,9 @@ impl PciRoot {
         address: Address,
         function: &Arc<dyn Function>,
     ) -> Result<(), InsertError> {
+        if address.bus() != 0 {
+            return Err(InsertError::NotHere(address));
+        }
         let mut result = Ok(());
         self.functions.rcu(|functions| {
             let first = Address(address.0 & !7);
@@ -133,7 +152,8 @@ impl PciRoot {
     /// The next free place: first one per slot, from slot 1, then further functions in the slots.
     pub fn free_place(&self) -> Result<Address, InsertError> {
         let functions = self.functions.load();
-        let mut places = (0..8).flat_map(|nth| (1..32).map(move |slot| Address(slot << 3 | nth)));
+        let mut places =
+            (0..8).flat_map(|nth| (1..32).filter_map(move |slot| Address::new(slot, nth)));
         places.find(|place| !functions.contains_key(place)).ok_or(InsertError::Full)
     }
 
@@ -148,6 +168,26 @@ impl PciRoot {
         }
     }
 
+    /// Puts a root port at the next free place on bus 0 and lets it lead to the bus behind it. Of
+    /// several whose secondary bus has the same number, the one that was added first does.
+    pub fn add_port(&self, port: &Arc<RootPort>) -> Result<Address, InsertError> {
+        let place = self.add(&(Arc::clone(port) as Arc<dyn Function>))?;
+        self.ports.rcu(|ports| {
+            let mut ports = Vec::clone(ports);
+            ports.push(Arc::clone(port));
+            ports
+        });
+        Ok(place)
+    }
+
+    /// The function at `address` behind a root port. The only place on a link is device 0 (PCI
+    /// Express 3.0 §7.3.1), and it has one function.
+    fn behind_port(&self, address: Address) -> Option<Arc<dyn Function>> {
+        let only_place = address.slot() == 0 && address.function() == 0;
+        let ports = self.ports.load();
+        ports.iter().find(|port| port.leads_to(address.bus()))?.behind().filter(|_| only_place)
+    }
+
     /// The interrupt input that pin A of the functions in `slot` is wired to: the last eight of the
     /// IOAPIC in turn.
     pub const fn line_of(slot: u8) -> u32 {
@@ -156,6 +196,10 @@ impl PciRoot {
 
     /// Reads a register of the function at `address`; all ones where there is none.
     pub fn read(&self, address: Address, register: u16, exit: &mut ExitCx<'_>) -> u32 {
+        if address.bus() != 0 {
+            let function = self.behind_port(address);
+            return function.map_or(NOTHING, |function| function.read_config(register, exit));
+        }
         let functions = self.functions.load();
         let Some(function) = functions.get(&address) else { return NOTHING };
         let value = function.read_config(register, exit);
@@ -177,8 +221,11 @@ impl PciRoot {
         lanes: u32,
         exit: &mut ExitCx<'_>,
     ) {
-        let functions = self.functions.load();
-        let Some(function) = functions.get(&address) else { return };
+        let function = match address.bus() {
+            0 => self.functions.load().get(&address).cloned(),
+            _ => self.behind_port(address),
+        };
+        let Some(function) = function else { return };
         function.write_config(register, value, lanes, exit);
         if moves_bars(register) {
             self.settle();
@@ -266,5 +313,9 @@ mod tests {
         assert_eq!(root.insert(at(2, 1), &tag(0)), Err(InsertError::Alone(at(2, 1))));
         assert_eq!(InsertError::Taken(at(0x1f, 7)).to_string(), "00:1f.7 is taken");
         assert_eq!((Address::new(32, 0), Address::new(0, 8)), (None, None));
+        let elsewhere = at(1, 2).on_bus(0xab);
+        assert_eq!((elsewhere.bus(), elsewhere.slot(), elsewhere.function()), (0xab, 1, 2));
+        assert_eq!(root.insert(elsewhere, &tag(0)), Err(InsertError::NotHere(elsewhere)));
+        assert_eq!(elsewhere.to_string(), "ab:01.2");
     }
 }

@@ -8,7 +8,7 @@
 //! ```
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering::*};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 
 use iothread::{ExitCx, LoopHandle, Reply};
 use serde::{Deserialize, Serialize};
@@ -20,7 +20,9 @@ use super::{Mem, VirtioDevice};
 use crate::bus::Bus;
 use crate::device::{Body, Device, Lifecycle, Paused, RestoreError, State};
 use crate::irq::{self, Doorbell, Doorbells, MsiSender, Pin};
-use crate::pci::{Bar, BarSpace, Capability, Endpoint, Function, Ids, Msix, Placed, endpoint};
+use crate::pci::{
+    Bar, BarSpace, Capability, Endpoint, Function, Ids, Msix, Placed, Upstream, endpoint,
+};
 
 const COMMON: u64 = 0x0000;
 const ISR: u64 = 0x1000;
@@ -436,6 +438,10 @@ impl Function for VirtioPci {
 
     fn settle(&self) {
         self.endpoint.settle();
+    }
+
+    fn move_behind(&self, upstream: Weak<dyn Upstream>) {
+        self.endpoint.move_behind(upstream);
     }
 }
 

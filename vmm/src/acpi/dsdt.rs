@@ -65,9 +65,9 @@ pub(super) fn dsdt(machine: &Description<'_>) -> Sdt {
     let mut system = vec![panic_port()];
     system.extend(machine.rtc.then(clock));
     system.extend(machine.serials.iter().map(|&nth| serial(nth)));
-    if machine.pci {
-        system.push(pci_root());
-        system.push(reserved());
+    if let Some(last_bus) = machine.pci_buses.checked_sub(1) {
+        system.push(pci_root(last_bus));
+        system.push(reserved(machine.pci_buses));
     }
     system.extend(machine.mmio.iter().enumerate().map(|(nth, slot)| virtio_mmio(nth, slot)));
     let system: Vec<&dyn Aml> = system.iter().map(|part| part as &dyn Aml).collect();
@@ -114,8 +114,8 @@ fn virtio_mmio(nth: usize, slot: &MmioSlot) -> Code {
     device(&format!("V{nth:03X}"), &[&id, &uid, &coherent, &where_it_is])
 }
 
-fn pci_root() -> Code {
-    let buses = aml::AddressSpace::new_bus_number(0u16, 0u16);
+fn pci_root(last_bus: u8) -> Code {
+    let buses = aml::AddressSpace::new_bus_number(0u16, u16::from(last_bus));
     let config = ports(ConfigPorts::PORT, ConfigPorts::SIZE);
     let below = aml::AddressSpace::new_io(0u16, ConfigPorts::PORT as u16 - 1, None);
     let above_config = (ConfigPorts::PORT + ConfigPorts::SIZE) as u16;
@@ -168,7 +168,9 @@ fn osc() -> Code {
     )])
 }
 
-/// Which input of the IOAPIC pin A of each slot leads to (ACPI 6.5 §6.2.13).
+/// Which input of the IOAPIC pin A of each slot leads to (ACPI 6.5 §6.2.13). Pin A of a function
+/// behind a root port is that of the port: a guest that finds no `_PRT` there follows the pins up
+/// to the root bus (PCI-to-PCI Bridge 1.2 §9.1).
 fn routing() -> Code {
     let entries: Vec<Code> = (0..32u8)
         .map(|slot| {
@@ -182,8 +184,8 @@ fn routing() -> Code {
 
 /// What belongs to the board and to no device: the configuration space in memory, which Linux uses
 /// only if it is reserved here, and the ports of power management.
-fn reserved() -> Code {
-    let ecam = aml::Memory32Fixed::new(true, ECAM as u32, Ecam::BUS_SIZE as u32);
+fn reserved(buses: u8) -> Code {
+    let ecam = aml::Memory32Fixed::new(true, ECAM as u32, Ecam::size(buses) as u32);
     let power = ports(PowerPorts::PORT, PowerPorts::SIZE);
     device("MBRD", &[&eisa("PNP0C02"), &resources(&[&ecam, &power])])
 }

@@ -60,8 +60,8 @@ pub struct Description<'a> {
     pub rtc: bool,
     /// Serial ports there are, 0 for COM1.
     pub serials: &'a [usize],
-    /// Is there a PCI bus?
-    pub pci: bool,
+    /// PCI buses, from bus 0 on; 0: there is no PCI.
+    pub pci_buses: u8,
     /// The virtio-mmio devices.
     pub mmio: &'a [MmioSlot],
     /// The NUMA nodes; none: nothing is said about them.
@@ -78,9 +78,9 @@ pub fn tables(base: u64, machine: &Description<'_>) -> Vec<u8> {
     let dsdt = layout.add(&dsdt::dsdt(machine));
     let mut listed =
         vec![layout.add(&fadt(facs, dsdt, machine.rtc)), layout.add(&madt(machine.apic_ids))];
-    if machine.pci {
+    if let Some(last) = machine.pci_buses.checked_sub(1) {
         let mut mcfg = MCFG::new(OEM, TABLE, REVISION);
-        mcfg.add_ecam(ECAM, 0, 0, 0);
+        mcfg.add_ecam(ECAM, 0, 0, last);
         listed.push(layout.add(&mcfg));
     }
     if !machine.nodes.is_empty() {
@@ -180,7 +180,7 @@ mod tests {
             apic_ids,
             rtc: true,
             serials: &[0, 1, 2, 3],
-            pci: true,
+            pci_buses: 3,
             mmio: &[],
             nodes: &[],
         }
@@ -206,6 +206,9 @@ mod tests {
             if &found[..4] == b"FACP" {
                 let dsdt = table(address(found, 140));
                 assert!(sums_to_zero(dsdt) && dsdt.windows(4).any(|name| name == b"_S5_"));
+            }
+            if &found[..4] == b"MCFG" {
+                assert_eq!((address(found, 44), found[54], found[55]), (ECAM, 0, 2));
             }
             if &found[..4] == b"APIC" {
                 let entries = 12 + 255 * 8 + 2 * 10 + 45 * 16;

@@ -162,7 +162,7 @@ impl Program for BzImage {
             params.hdr.ramdisk_size = initrd.size as u32;
         }
         let mut table = params.e820_table;
-        let map = placed.ram.map();
+        let map = placed.ram.map(placed.pci_buses);
         params.e820_entries = map.len() as u8;
         for (entry, (area, kind)) in table.iter_mut().zip(map) {
             let size = area.end - area.start;

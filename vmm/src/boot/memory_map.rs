@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use config::units::format_size;
+use devices::pci::Ecam;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::memory::{BOOT_DATA, ECAM, HIGH_RAM, LOW_RAM_END, ONE_MIB};
@@ -47,13 +48,15 @@ impl Ram {
         if self.end <= LOW_RAM_END { self.end } else { self.end - HIGH_RAM + LOW_RAM_END }
     }
 
-    /// The memory map, in ascending order.
-    pub(super) fn map(self) -> Vec<(Range<u64>, Use)> {
+    /// The memory map of a machine with so many PCI buses, in ascending order.
+    pub(super) fn map(self, pci_buses: u8) -> Vec<(Range<u64>, Use)> {
+        // Bus 0 is there even if no table tells of it.
+        let ecam_end = ECAM + Ecam::size(pci_buses.max(1));
         let mut map = vec![
             (0..FIRST_RAM_END, Use::Ram),
             (BOOT_DATA..ONE_MIB, Use::Reserved),
             (ONE_MIB..self.low_end(), Use::Ram),
-            (ECAM..ECAM + ONE_MIB, Use::Reserved),
+            (ECAM..ecam_end, Use::Reserved),
         ];
         if self.end > HIGH_RAM {
             map.push((HIGH_RAM..self.end, Use::Ram));
@@ -167,7 +170,8 @@ mod tests {
     #[test]
     fn the_map_ascends_and_covers_all_ram() {
         for size in [2 * MIB, 256 * MIB, LOW_RAM_END, LOW_RAM_END + 2 * MIB] {
-            let map = Ram::with_size(size).map();
+            let map = Ram::with_size(size).map(32);
+            assert!(map.contains(&(ECAM..ECAM + 32 * MIB, Use::Reserved)));
             assert!(map.windows(2).all(|two| two[0].0.end <= two[1].0.start), "{map:?}");
             let ram = map.iter().filter(|(_, kind)| *kind == Use::Ram);
             let ram: u64 = ram.map(|(area, _)| area.end - area.start).sum();

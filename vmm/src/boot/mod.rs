@@ -117,6 +117,7 @@ struct Placed<'a> {
     cmdline: &'a str,
     modules: Vec<PlacedModule<'a>>,
     ram: Ram,
+    pci_buses: u8,
     /// Where the ACPI tables begin.
     rsdp: u32,
 }
@@ -191,6 +192,7 @@ impl<'a> Boot<'a> {
             cmdline: &self.cmdline,
             modules: placed_modules.collect(),
             ram,
+            pci_buses: machine.pci_buses,
             rsdp,
         };
         program.hand_over(&placed, &mut handover)

@@ -195,7 +195,7 @@ impl Program for Multiboot {
             [start, end, text, 0].into_iter().for_each(|word| modules.push(word));
         }
         let mut map = Words::default();
-        for (area, kind) in placed.ram.map() {
+        for (area, kind) in placed.ram.map(placed.pci_buses) {
             map.push(20); // the size of the rest
             map.push_long(area.start);
             map.push_long(area.end - area.start);

@@ -71,7 +71,7 @@ impl Program for Pvh {
             };
             modules.extend_from_slice(entry.as_slice());
         }
-        let map = placed.ram.map();
+        let map = placed.ram.map(placed.pci_buses);
         let mut areas = Vec::new();
         for (area, kind) in &map {
             let entry = hvm_memmap_table_entry {

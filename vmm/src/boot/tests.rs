@@ -13,8 +13,14 @@ use crate::memory::{self, GuestMemory};
 
 const MEMORY: u64 = 64 << 20;
 const CODE: &[u8] = b"\xf4code";
-const ONE_CPU: acpi::Description<'_> =
-    acpi::Description { apic_ids: &[0], rtc: true, serials: &[], pci: true, mmio: &[], nodes: &[] };
+const ONE_CPU: acpi::Description<'_> = acpi::Description {
+    apic_ids: &[0],
+    rtc: true,
+    serials: &[],
+    pci_buses: 1,
+    mmio: &[],
+    nodes: &[],
+};
 
 fn put(file: &mut [u8], at: usize, bytes: &[u8]) {
     file[at..at + bytes.len()].copy_from_slice(bytes);
