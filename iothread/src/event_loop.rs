@@ -338,7 +338,7 @@ impl EventLoop {
         } else {
             self.readiness.look();
         }
-        self.handle.0.state.woke_up();
+        self.handle.woke_up();
         let woke = self.local.look();
         self.account(woke, |counters| &counters.sleep_ns);
         self.polling.waited(Duration::from_nanos(woke - began));

@@ -2,10 +2,11 @@
 
 use std::fmt;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK};
 
+use crate::announce::announce;
 use crate::class::Class;
 use crate::counters::Counters;
 use crate::cx::Cx;
@@ -48,6 +49,13 @@ pub(crate) struct Shared {
     pub(crate) wake: EventFd,
     pub(crate) stop: AtomicBool,
     pub(crate) counters: Arc<Counters>,
+    bell: Bell,
+}
+
+/// Somebody who wants to know when a loop sleeps no more, and how to tell him.
+struct Bell {
+    wanted: AtomicBool,
+    ring: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 /// A loop, seen from outside: where to send work. Cheap to clone.
@@ -78,6 +86,7 @@ impl LoopHandle {
             wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             stop: AtomicBool::new(false),
             counters: Arc::default(),
+            bell: Bell { wanted: AtomicBool::new(false), ring: OnceLock::new() },
         })))
     }
 
@@ -95,6 +104,30 @@ impl LoopHandle {
     pub fn stop(&self) {
         self.0.stop.store(true, Release);
         self.wake();
+    }
+
+    /// What [`wants_bell`](Self::wants_bell) asks for is done by this, on the loop's thread. It must
+    /// not wait. Only the first one counts.
+    pub fn on_bell(&self, ring: impl Fn() + Send + Sync + 'static) {
+        let _ = self.0.bell.ring.set(Box::new(ring));
+    }
+
+    /// Rings once when the loop sleeps no more, so that who watches it can sleep as long as it
+    /// does. False: it does not sleep now, and will not ring for this either.
+    pub fn wants_bell(&self) -> bool {
+        let Shared { bell, state, .. } = &*self.0;
+        let asleep = announce(|| bell.wanted.store(true, Relaxed), || state.is_asleep());
+        asleep || !bell.wanted.swap(false, AcqRel)
+    }
+
+    /// The loop sleeps no more.
+    pub(crate) fn woke_up(&self) {
+        let Shared { bell, state, .. } = &*self.0;
+        if announce(|| state.woke_up(), || bell.wanted.load(Relaxed))
+            && bell.wanted.swap(false, AcqRel)
+        {
+            bell.ring.get().inspect(|ring| ring());
+        }
     }
 
     /// Answers when all that was sent to the loop before has been run.

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 use tests::machine::{Machine, Outcome, Running, text, threads};
-use tests::payload;
+use tests::payload::{self, port_writes};
 use tests::program::heddle;
 
 /// What the kernel says of a thread.
@@ -214,4 +214,31 @@ fn a_policy_that_is_not_permitted_is_not_granted_and_said_once() {
     without_rights(&machine, &["--set", "policy.fallback=error"]).refuses(4, "io0");
     let quiet = without_rights(&machine, &["--set", "policy.fallback=allow"]).expect(0);
     assert!(!quiet.stderr.contains("not granted"), "{}", quiet.stderr);
+}
+
+/// A machine whose guest does nothing, with a callback that keeps `io0` busy.
+fn stalled(time: &str, every: &str, more: &str) -> Machine {
+    let toml = format!(
+        "[thread.io0]\n{more}\n[[test.stall]]\nthread = \"io0\"\ntime = \"{time}\"\nevery = \"{every}\"\n"
+    );
+    Machine::booting(&port_writes(&[]), "", &toml)
+}
+
+#[test]
+fn a_callback_that_does_not_end_is_named_while_it_runs() {
+    let machine = stalled("5s", "6s", "");
+    let mut running = machine.start(&["--timeout", "60s"]);
+    running.wait_for("thread io0 has been in a callback of test.stall for ");
+    running.signal(libc::SIGTERM);
+    running.wait();
+}
+
+#[test]
+fn the_longest_callback_of_a_thread_is_reported_with_its_owner() {
+    let machine = stalled("20ms", "50ms", "");
+    let report = machine.run(&["--json", "--timeout", "500ms"]).json();
+    let threads = report["threads"].as_array().unwrap();
+    let io0 = threads.iter().find(|thread| thread["name"] == "io0").unwrap();
+    assert_eq!(io0["longest-callback"]["owner"], "test.stall", "{io0}");
+    assert!(io0["longest-callback"]["ns"].as_u64().unwrap() >= 20_000_000, "{io0}");
 }

@@ -19,7 +19,9 @@ use devices::legacy::{PowerPorts, Serial};
 
 use crate::ending::{End, Ending};
 use crate::machine::{HostError, Machine};
-use crate::terminal::{Signals, output};
+use crate::resources::Resources;
+use crate::terminal::{Signals, output, say};
+use crate::watchdog::Watchdog;
 
 /// Bytes moved at a time: a pipe that is writable takes this many without blocking.
 const CHUNK: usize = 4096;
@@ -213,6 +215,7 @@ pub struct Supervisor {
     input: Input,
     interactive: bool,
     deadline: Option<Instant>,
+    watchdog: Watchdog,
 }
 
 impl Supervisor {
@@ -229,11 +232,14 @@ impl Supervisor {
         let input = Input { open, escaped: false, pending: VecDeque::new() };
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         let ending = ending.clone();
-        Self { lines, signals, ending, power_button: None, input, interactive, deadline }
+        let watchdog = Watchdog::default();
+        Self { lines, signals, ending, power_button: None, input, interactive, deadline, watchdog }
     }
 
-    /// Takes on the ports and the power button of a machine, its first or the next one.
-    pub fn connect(&mut self, machine: &Machine) {
+    /// Takes on the ports, the power button and the threads of a machine, its first or the next one.
+    pub fn connect(&mut self, machine: &Machine, resources: &Resources) {
+        let threads = resources.threads().chain(machine.threads());
+        self.watchdog.watch(resources.loop_handles(), threads, &self.ending);
         for (line, port) in self.lines.iter_mut().zip(&machine.serials) {
             line.port = Some(Arc::clone(port));
         }
@@ -246,10 +252,15 @@ impl Supervisor {
             if let Some(end) = self.ending.get() {
                 return end;
             }
-            let left = self.deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            let now = Instant::now();
+            let left = self.deadline.map(|at| at.saturating_duration_since(now));
             if left.is_some_and(|left| left.is_zero()) {
                 return End::Timeout;
             }
+            for complaint in self.watchdog.look(now) {
+                say(&format!("heddle: {complaint}\n"));
+            }
+            let left = [left, self.watchdog.wait(now)].into_iter().flatten().min();
             if let Some(end) = self.turn(left) {
                 return end;
             }

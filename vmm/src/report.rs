@@ -4,7 +4,7 @@ use std::io::Write;
 
 use config::Loaded;
 use config::plan::Plan;
-use iothread::Granted;
+use iothread::{Granted, Spell};
 use serde_json::{Value, json};
 
 use crate::cli::Run;
@@ -98,6 +98,9 @@ impl Report {
                 "cpus": granted.cpus,
                 "sched": granted.sched.to_string(),
                 "counters": counters,
+                "longest-callback": spell(thread.counters.activity.longest()),
+                "latest-timer": spell(thread.counters.activity.latest_timer()),
+                "spinning": thread.counters.activity.spinning(),
             })
         });
         let prealloc = self.prealloc.iter().map(
@@ -137,6 +140,10 @@ impl Report {
     }
 }
 
+fn spell(spell: Option<Spell>) -> Value {
+    spell.map_or(Value::Null, |it| json!({ "owner": it.owner, "ns": it.time.as_nanos() as u64 }))
+}
+
 /// The counters that tell where work was done, one line per thread.
 fn stats(threads: &[ThreadInfo]) -> String {
     const COLUMNS: [&str; 9] = [
@@ -161,6 +168,16 @@ fn stats(threads: &[ThreadInfo]) -> String {
             text += &format!(" {value:>11}");
         }
         text.push('\n');
+    }
+    for thread in threads {
+        let (name, activity) = (&thread.granted.name, &thread.counters.activity);
+        if let Some(Spell { owner, time }) = activity.longest() {
+            text += &format!("{name:<16} longest callback {time:>10.1?} of {owner}");
+            if let Some(Spell { owner, time }) = activity.latest_timer() {
+                text += &format!(", latest timer {time:.1?} late, held up by {owner}");
+            }
+            text.push('\n');
+        }
     }
     text
 }
