@@ -531,7 +531,10 @@ fn troubles_on_purpose_are_checked_like_everything_else() {
     let stall = |rest: &str| format!("[thread.io0]\n[[test.stall]]\nthread = \"io0\"\n{rest}");
     expect("[test]\nshuffle = -1", &[(2, 11, "from 0 to 4294967295", "")]);
     expect("[test]\nstall = 1", &[(2, 9, "`stall` must be tables", "write [[test.stall]]")]);
-    expect(&stall("time = \"20ms\""), &[(2, 1, "`every`", "")]);
+    expect(
+        &stall("time = \"20ms\""),
+        &[(2, 1, "`test.stall.every` is missing", "add `every = ...`")],
+    );
     expect(
         &stall("time = \"20ms\"\nevery = \"10ms\""),
         &[(5, 9, "would begin before the last has ended", "longer than `time`")],
