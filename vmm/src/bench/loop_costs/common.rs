@@ -143,6 +143,7 @@ impl LoopThread {
 impl Drop for LoopThread {
     fn drop(&mut self) {
         self.handle.stop();
+        drop(self.handle.barrier()); // a loop that polls sees nothing but work
         if let Some(thread) = self.thread.take() {
             // A panic there has been printed already.
             let _ = thread.join();
