@@ -11,7 +11,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::common::{await_count, eventfds, lost, start, together};
+use super::STRETCH;
+use super::common::{await_count, eventfds, lost, start, together, typical};
 
 /// epoll, edge-triggered, and a boxed closure for each file descriptor.
 struct Bare {
@@ -62,14 +63,13 @@ pub(super) fn fd_events(at_once: usize, rounds: u32) -> io::Result<Duration> {
         bare.watch(fd.as_raw_fd(), handler)?;
         counts.push(count);
     }
-    let began = Instant::now();
-    for _ in 0..rounds {
+    let spent = typical(rounds, STRETCH / at_once as u32, || {
         for fd in &fds {
             fd.write(1)?;
         }
         bare.turn();
-    }
-    let spent = began.elapsed();
+        Ok(())
+    })?;
     let all = counts.iter().all(|count| count.load(Relaxed) == u64::from(rounds));
     if all { Ok(spent) } else { Err(lost()) }
 }
@@ -84,12 +84,11 @@ pub(super) fn eventfd_round_trips(rounds: u32) -> io::Result<Duration> {
             handler();
         }
     })?;
-    let began = Instant::now();
-    for _ in 0..rounds {
+    let spent = typical(rounds, STRETCH, || {
         fd.write(1)?;
         bare.turn();
-    }
-    let spent = began.elapsed();
+        Ok(())
+    })?;
     if count.load(Relaxed) == u64::from(rounds) { Ok(spent) } else { Err(lost()) }
 }
 
@@ -105,11 +104,14 @@ pub(super) fn timers(rounds: u32) -> io::Result<Duration> {
         // Valid arguments: it does not fail; if it did, the count would never be reached.
         let _ = timer.reset(AT_ONCE, None);
     })?;
-    let began = Instant::now();
-    while count.load(Relaxed) < u64::from(rounds) {
-        bare.turn();
-    }
-    Ok(began.elapsed())
+    let mut target = 0;
+    typical(rounds, STRETCH, || {
+        target += 1;
+        while count.load(Relaxed) < target {
+            bare.turn();
+        }
+        Ok(())
+    })
 }
 
 fn errno(error: vmm_sys_util::errno::Error) -> io::Error {

@@ -88,6 +88,29 @@ pub(super) fn together<F: FnOnce(&dyn Fn()) + Send + 'static>(
     first.zip(last).map(|(first, last)| last - first).ok_or_else(lost)
 }
 
+/// What `once` takes, `rounds` times: `rounds` times what the median stretch of `stretch` took, as
+/// one pre-emption is longer than all the others together.
+pub(super) fn typical(
+    rounds: u32,
+    stretch: u32,
+    mut once: impl FnMut() -> io::Result<()>,
+) -> io::Result<Duration> {
+    let mut times = Vec::with_capacity((rounds / stretch) as usize);
+    for _ in 0..rounds / stretch {
+        let began = Instant::now();
+        for _ in 0..stretch {
+            once()?;
+        }
+        times.push(began.elapsed());
+    }
+    Ok(median(times) * (rounds / stretch))
+}
+
+pub(super) fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times.get(times.len() / 2).copied().unwrap_or_default()
+}
+
 /// Waits for a counter without sleeping, and without keeping a CPU from those who count.
 pub(super) fn await_count(count: &AtomicU64, target: u64) -> io::Result<()> {
     let began = Instant::now();

@@ -6,7 +6,7 @@ use std::time::Duration;
 use iothread::PollPolicy;
 
 use super::bare::{self, BareThread};
-use super::common::{nanos, on_thread};
+use super::common::{median, nanos, on_thread};
 use super::ours::{self, PostedTo};
 use super::{Claimed, Cost, Tally};
 use crate::bench::host::Witness;
@@ -14,7 +14,7 @@ use crate::bench::progress;
 use crate::bench::ratio::{Claim, Verdict, compare};
 
 const ROUNDS: u32 = 4_000;
-const BATCHES: u32 = 300;
+const BATCHES: u32 = 320;
 const WAKE_UPS: u32 = 200;
 const KICKS: u32 = 50_000;
 
@@ -127,16 +127,14 @@ fn bottom_halves(pairs: usize) -> io::Result<Cost> {
     Ok(cost(names, pairs, u64::from(OPERATIONS), ours, theirs)?.0.at_most(0.2))
 }
 
-/// What `once` measures, `rounds` times, with a pause before each: `rounds` times the median, as
-/// one pre-emption is longer than all the others together.
-fn typical(rounds: u32, mut once: impl FnMut() -> io::Result<Duration>) -> io::Result<Duration> {
+/// What `once` measures after a pause, `rounds` times: `rounds` times the median.
+fn paused(rounds: u32, mut once: impl FnMut() -> io::Result<Duration>) -> io::Result<Duration> {
     let mut times = Vec::new();
     for _ in 0..rounds {
         std::thread::sleep(PAUSE);
         times.push(once()?);
     }
-    times.sort_unstable();
-    Ok(times[times.len() / 2] * rounds)
+    Ok(median(times) * rounds)
 }
 
 fn posts(pairs: usize) -> io::Result<Cost> {
@@ -147,7 +145,7 @@ fn posts(pairs: usize) -> io::Result<Cost> {
         target.post_all()?;
         let sleeps = target.home.handle.counters().sleeps.get();
         let before = Witness::of_this_thread();
-        let spent = typical(ROUNDS, || target.post_all())?;
+        let spent = paused(ROUNDS, || target.post_all())?;
         tally.maybe("writes", Witness::of_this_thread().writes_since(before));
         tally.add("sleeps", target.home.handle.counters().sleeps.get() - sleeps);
         Ok(spent)
@@ -155,7 +153,7 @@ fn posts(pairs: usize) -> io::Result<Cost> {
     let theirs = || {
         let target = BareThread::new(64)?;
         target.signal_all()?;
-        typical(ROUNDS, || target.signal_all())
+        paused(ROUNDS, || target.signal_all())
     };
     Ok(cost(names, pairs, 64 * u64::from(ROUNDS), ours, theirs)?.0)
 }
@@ -172,7 +170,7 @@ fn wake_up(
         warm_up(&target)?;
         let sleeps = target.home.handle.counters().sleeps.get();
         let before = Witness::of_this_thread();
-        let spent = typical(WAKE_UPS, || target.post_all())?;
+        let spent = paused(WAKE_UPS, || target.post_all())?;
         tally.maybe("writes", Witness::of_this_thread().writes_since(before));
         tally.add("sleeps", target.home.handle.counters().sleeps.get() - sleeps);
         Ok(spent)
@@ -180,7 +178,7 @@ fn wake_up(
     let theirs = || {
         let target = BareThread::new(1)?;
         target.signal_all()?;
-        typical(WAKE_UPS, || target.signal_all())
+        paused(WAKE_UPS, || target.signal_all())
     };
     cost(names, pairs, u64::from(WAKE_UPS), ours, theirs)
 }

@@ -16,6 +16,9 @@ use serde::Serialize;
 use super::host::Machine;
 use super::ratio::{Comparison, Verdict};
 
+/// Operations that are timed together: few enough to be done before this thread is pre-empted.
+const STRETCH: u32 = 32;
+
 /// All that was measured.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use iothread::{Event, EventLoop, PollPolicy, Progress, Strand, Timer, Trigger, VcpuLoop};
 
-use super::Tally;
-use super::common::{LoopThread, await_count, eventfds, lost, owned, strand, together};
+use super::common::{LoopThread, await_count, eventfds, lost, owned, strand, together, typical};
+use super::{STRETCH, Tally};
 use crate::bench::host::Witness;
 
 fn counting(strand: &Strand<u64>) -> Event<u64> {
@@ -36,14 +36,13 @@ pub(super) fn fd_events(at_once: usize, rounds: u32, tally: &mut Tally) -> io::R
     }
     event_loop.turn(); // takes them on
     let turns = event_loop.handle().counters().turns.get();
-    let began = Instant::now();
-    for _ in 0..rounds {
+    let spent = typical(rounds, STRETCH / at_once as u32, || {
         for fd in &fds {
             fd.write(1)?;
         }
         event_loop.turn();
-    }
-    let spent = began.elapsed();
+        Ok(())
+    })?;
     tally.add("turns", event_loop.handle().counters().turns.get() - turns);
     check(&mut event_loop, &strand, at_once as u64 * u64::from(rounds))?;
     Ok(spent)
@@ -70,11 +69,14 @@ pub(super) fn timers(rounds: u32, tally: &mut Tally) -> io::Result<Duration> {
     event_loop.turn();
     let counters = Arc::clone(event_loop.handle().counters());
     let (turns, sleeps) = (counters.turns.get(), counters.sleeps.get());
-    let began = Instant::now();
-    while ran.load(Relaxed) < u64::from(rounds) {
-        event_loop.turn();
-    }
-    let spent = began.elapsed();
+    let mut target = 0;
+    let spent = typical(rounds, STRETCH, || {
+        target += 1;
+        while ran.load(Relaxed) < target {
+            event_loop.turn();
+        }
+        Ok(())
+    })?;
     tally.add("turns", counters.turns.get() - turns);
     tally.add("sleeps", counters.sleeps.get() - sleeps);
     Ok(spent)
@@ -91,12 +93,11 @@ pub(super) fn bottom_halves(
     let events: Vec<_> = (0..at_once).map(|_| counting(&strand)).collect();
     let counters = Arc::clone(event_loop.handle().counters());
     let before = Witness::of_this_thread();
-    let began = Instant::now();
-    for _ in 0..rounds {
+    let spent = typical(rounds, STRETCH.div_ceil(at_once as u32), || {
         events.iter().for_each(Event::schedule);
         event_loop.turn();
-    }
-    let spent = began.elapsed();
+        Ok(())
+    })?;
     tally.add("turns", counters.turns.get());
     tally.add("sleeps", counters.sleeps.get());
     tally.maybe("writes", Witness::of_this_thread().writes_since(before));

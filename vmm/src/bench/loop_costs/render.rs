@@ -52,10 +52,10 @@ impl Report {
         line(
             text,
             format_args!(
-                "\n64 producers and one loop. 2 threads stand for 32 producers each, every one with \
-                 an object of its own;\npaced, a thread posts for all of its producers every \
-                 200 us, and what comes late is made up for;\nwithout a limit, a producer posts \
-                 when its last event was served."
+                "\n64 producers and one loop. Each producer has an object of its own; a few threads \
+                 stand for them all.\nPaced, a thread posts for its producers every 200 us, and \
+                 what comes late is made up for;\nwithout a limit, a producer posts when its last \
+                 event was served."
             ),
         );
         for run in &self.saturation {
@@ -68,7 +68,14 @@ impl Report {
                 ),
             );
             let (made, served, callbacks) = (run.made, run.served, run.callbacks);
-            line(text, format_args!("  made {made}, served {served}; {callbacks} callbacks"));
+            let (threads, busy) = (run.threads, run.events_per_busy_second.median);
+            line(
+                text,
+                format_args!(
+                    "  by {threads} threads: made {made}, served {served}, in {callbacks} \
+                     callbacks; {busy:.0} for each second busy"
+                ),
+            );
             let shares = [run.busy, run.poll, run.sleep].map(|share| 100.0 * share.median);
             let [busy, poll, sleep] = shares;
             let cpu = run.on_cpu.map_or(String::new(), |share| {

@@ -15,9 +15,10 @@ use crate::bench::progress;
 use crate::bench::ratio::{Claim, Interval, Verdict};
 
 const PRODUCERS: usize = 64;
-const THREADS: usize = 2;
 const RATE: u32 = 5_000;
 const PACED_SLICE: Duration = Duration::from_millis(200);
+/// A loop that is busy less than this share of the time could take more.
+const SATURATED: f64 = 0.9;
 const FREE_SLICE: Duration = Duration::from_millis(100);
 
 /// What 64 producers did to one loop.
@@ -25,12 +26,16 @@ const FREE_SLICE: Duration = Duration::from_millis(100);
 #[serde(rename_all = "kebab-case")]
 pub(super) struct Saturation {
     pub(super) what: &'static str,
+    /// Threads that stand for the producers, each for as many.
+    pub(super) threads: usize,
     /// Events made, and events that callbacks have seen: to be the same.
     pub(super) made: u64,
     pub(super) served: u64,
     /// Callbacks run; an event made before the one before was served shares its callback.
     pub(super) callbacks: u64,
     pub(super) events_per_second: Interval,
+    /// What it would be if the loop were busy all the time.
+    pub(super) events_per_busy_second: Interval,
     /// Shares of wall time by the loop's own account.
     pub(super) busy: Interval,
     pub(super) poll: Interval,
@@ -131,9 +136,11 @@ fn drive(
     let mut counts = Vec::new();
     let stop = Arc::<AtomicBool>::default();
     let mut threads = Vec::new();
-    for _ in 0..THREADS {
+    // The loop shall have a CPU for itself.
+    let count = iothread::available_cpus().len().saturating_sub(1).clamp(1, 2);
+    for _ in 0..count {
         let mut producers = Vec::new();
-        for _ in 0..PRODUCERS / THREADS {
+        for _ in 0..PRODUCERS / count {
             let (made, seen) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
             let object = Object { made: Arc::clone(&made), seen: Arc::clone(&seen) };
             let strand = strand(&home.handle, object);
@@ -170,10 +177,12 @@ fn drive(
     let wall = before.at - first.at;
     Ok(Saturation {
         what,
+        threads: count,
         made,
         served: served(),
         callbacks: before.callbacks - first.callbacks,
         events_per_second: Interval::of(&slices_taken.rates),
+        events_per_busy_second: Interval::of(&slices_taken.busy_rates),
         busy: Interval::of(&slices_taken.busy),
         poll: Interval::of(&slices_taken.poll),
         sleep: Interval::of(&slices_taken.sleep),
@@ -195,6 +204,7 @@ fn drive(
 #[derive(Default)]
 struct Slices {
     rates: Vec<f64>,
+    busy_rates: Vec<f64>,
     busy: Vec<f64>,
     poll: Vec<f64>,
     sleep: Vec<f64>,
@@ -211,6 +221,7 @@ impl Slices {
             share(before.sleep, now.sleep),
         );
         self.rates.push(events as f64 / wall * 1e9);
+        self.busy_rates.push(events as f64 / (now.busy - before.busy).max(1) as f64 * 1e9);
         self.unaccounted = self.unaccounted.max((1.0 - busy - poll - sleep).abs());
         self.busy.push(busy);
         self.poll.push(poll);
@@ -218,18 +229,17 @@ impl Slices {
     }
 }
 
-fn claimed(claim: &str, limit: Claim, interval: Interval) -> Claimed {
-    Claimed { claim: claim.to_owned(), verdict: limit.verdict(interval) }
-}
-
 pub(super) fn all(slices: usize) -> io::Result<Vec<Saturation>> {
     progress("64 producers at 5,000 a second each");
     let mut seed = drive("64 producers, 5,000/s each", paced, slices, PACED_SLICE)?;
-    let busy = claimed("busy less than half of a CPU", Claim::AtMost(0.5), seed.busy);
-    seed.claims.push(busy);
+    let verdict = Claim::AtMost(0.5).verdict(seed.busy);
+    seed.claims.push(Claimed { claim: "busy less than half of a CPU".to_owned(), verdict });
     progress("64 producers without a limit");
     let mut limit = drive("64 producers, no limit", free, slices, FREE_SLICE)?;
-    let rate = limit.events_per_second;
-    limit.claims.push(claimed("more than 1,000,000 events/s", Claim::AtLeast(1e6), rate));
+    let mut verdict = Claim::AtLeast(1e6).verdict(limit.events_per_second);
+    if verdict == Verdict::Fails && limit.busy.high < SATURATED {
+        verdict = Verdict::CannotTell; // the producers could not keep it busy
+    }
+    limit.claims.push(Claimed { claim: "more than 1,000,000 events/s".to_owned(), verdict });
     Ok(vec![seed, limit])
 }
