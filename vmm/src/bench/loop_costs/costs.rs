@@ -104,7 +104,8 @@ fn fd_events(pairs: usize) -> io::Result<Cost> {
 }
 
 fn timer(pairs: usize) -> io::Result<Cost> {
-    let names = ("timer, armed and fired", "bare epoll: timerfd_settime, epoll_wait, callback");
+    let names =
+        ("timer due at once, armed and fired", "bare epoll: timerfd_settime, epoll_wait, callback");
     let ours = |tally: &mut Tally| apart(tally, |tally| ours::timers(ROUNDS, tally));
     let theirs = || on_thread(|| bare::timers(ROUNDS));
     Ok(cost(names, pairs, u64::from(ROUNDS), ours, theirs)?.0)

@@ -100,3 +100,43 @@ fn run(pairs: usize) -> io::Result<Report> {
         interference: interference::all()?,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use iothread::PollPolicy;
+
+    use super::*;
+
+    /// What is measured also counts itself, and an event too many or too few is an error.
+    #[test]
+    fn what_is_measured_loses_nothing() {
+        let own = common::on_thread(|| {
+            let mut tally = Tally::default();
+            ours::fd_events(16, STRETCH, &mut tally)?;
+            ours::timers(STRETCH, &mut tally)?;
+            ours::bottom_halves(64, STRETCH, &mut tally)?;
+            Ok(tally)
+        });
+        assert!(own.unwrap().0["turns"] >= 3 * u64::from(STRETCH));
+        let mut tally = Tally::default();
+        ours::kicks(3, 1000, &mut tally).unwrap();
+        ours::PostedTo::new(PollPolicy::default(), 64).unwrap().post_all().unwrap();
+    }
+
+    #[test]
+    fn the_baselines_lose_nothing_either() {
+        bare::fd_events(16, STRETCH).unwrap();
+        bare::eventfd_round_trips(STRETCH).unwrap();
+        bare::timers(STRETCH).unwrap();
+        bare::locked(3, 1000).unwrap();
+        bare::BareThread::new(64).unwrap().signal_all().unwrap();
+    }
+
+    #[test]
+    fn what_was_not_counted_was_not_none() {
+        let mut tally = Tally::default();
+        tally.add("sleeps", 0);
+        tally.maybe("writes", None);
+        assert!(tally.none_of(&["sleeps"]) && !tally.none_of(&["sleeps", "writes"]));
+    }
+}

@@ -51,6 +51,8 @@ pub(super) struct Saturation {
 struct Object {
     made: Arc<AtomicU64>,
     seen: Arc<AtomicU64>,
+    /// Callbacks of all objects together; only their loop counts here.
+    callbacks: Arc<AtomicU64>,
 }
 
 struct Producer {
@@ -73,7 +75,6 @@ struct Moment {
     busy: u64,
     poll: u64,
     sleep: u64,
-    callbacks: u64,
 }
 
 fn moment(probe: &Strand<()>) -> io::Result<Moment> {
@@ -85,7 +86,6 @@ fn moment(probe: &Strand<()>) -> io::Result<Moment> {
             busy: counters.busy_ns.get(),
             poll: counters.poll_ns.get(),
             sleep: counters.sleep_ns.get(),
-            callbacks: counters.bottom_halves.get(),
         }
     });
     noted.wait(&blocking).map_err(io::Error::other)
@@ -135,6 +135,7 @@ fn drive(
     let mut strands = Vec::new();
     let mut counts = Vec::new();
     let stop = Arc::<AtomicBool>::default();
+    let callbacks = Arc::<AtomicU64>::default();
     let mut threads = Vec::new();
     // The loop shall have a CPU for itself.
     let count = iothread::available_cpus().len().saturating_sub(1).clamp(1, 2);
@@ -142,9 +143,14 @@ fn drive(
         let mut producers = Vec::new();
         for _ in 0..PRODUCERS / count {
             let (made, seen) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
-            let object = Object { made: Arc::clone(&made), seen: Arc::clone(&seen) };
+            let object = Object {
+                made: Arc::clone(&made),
+                seen: Arc::clone(&seen),
+                callbacks: Arc::clone(&callbacks),
+            };
             let strand = strand(&home.handle, object);
             let event = strand.event(|object, _| {
+                object.callbacks.store(object.callbacks.load(Relaxed) + 1, Relaxed);
                 object.seen.store(object.made.load(Acquire), Release);
                 Progress::Idle
             });
@@ -180,7 +186,7 @@ fn drive(
         threads: count,
         made,
         served: served(),
-        callbacks: before.callbacks - first.callbacks,
+        callbacks: callbacks.load(Acquire),
         events_per_second: Interval::of(&slices_taken.rates),
         events_per_busy_second: Interval::of(&slices_taken.busy_rates),
         busy: Interval::of(&slices_taken.busy),
@@ -236,6 +242,10 @@ pub(super) fn all(slices: usize) -> io::Result<Vec<Saturation>> {
     seed.claims.push(Claimed { claim: "busy less than half of a CPU".to_owned(), verdict });
     progress("64 producers without a limit");
     let mut limit = drive("64 producers, no limit", free, slices, FREE_SLICE)?;
+    limit.claims.push(Claimed {
+        claim: "every event had a callback of its own".to_owned(),
+        verdict: Verdict::counted(limit.callbacks == limit.made),
+    });
     let mut verdict = Claim::AtLeast(1e6).verdict(limit.events_per_second);
     if verdict == Verdict::Fails && limit.busy.high < SATURATED {
         verdict = Verdict::CannotTell; // the producers could not keep it busy
