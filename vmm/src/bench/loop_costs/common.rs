@@ -13,6 +13,9 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 /// Longer than this nothing here takes, on any machine: then something was lost.
 const LIMIT: Duration = Duration::from_secs(30);
 
+/// Looks at a counter before giving the CPU away: with others at work it does not come back soon.
+pub(super) const SPINS: u32 = 1_000;
+
 pub(super) fn lost() -> io::Error {
     io::Error::other("an event was lost, or served twice")
 }
@@ -115,7 +118,7 @@ pub(super) fn median(mut times: Vec<Duration>) -> Duration {
 pub(super) fn await_count(count: &AtomicU64, target: u64) -> io::Result<()> {
     let began = Instant::now();
     while count.load(Acquire) < target {
-        for _ in 0..50 {
+        for _ in 0..SPINS {
             if count.load(Acquire) >= target {
                 return Ok(());
             }

@@ -55,7 +55,8 @@ impl Report {
                 "\n64 producers and one loop. Each producer has an object of its own; a few threads \
                  stand for them all.\nPaced, a thread posts for its producers every 200 us, and \
                  what comes late is made up for;\nwithout a limit, a producer posts when its last \
-                 event was served."
+                 event was served, and a loop that was not busy all the time shows no limit of its \
+                 own."
             ),
         );
         for run in &self.saturation {
@@ -97,7 +98,8 @@ impl Report {
         line(
             text,
             format_args!(
-                "\nlateness beside a callback of 20 ms every 100 ms, in microseconds\n{:<42}{:>27}{:>27}",
+                "\nlateness beside a callback of 20 ms every 100 ms, in microseconds; a verdict against \
+                 it needs a machine\nthat is on time with the callback nowhere\n{:<42}{:>27}{:>27}",
                 "", "1 ms timers", "kicks each ms"
             ),
         );
