@@ -55,8 +55,8 @@ impl Report {
                 "\n64 producers and one loop. Each producer has an object of its own; a few threads \
                  stand for them all.\nPaced, a thread posts for its producers every 200 us, and \
                  what comes late is made up for;\nwithout a limit, a producer posts when its last \
-                 event was served, and a loop that was not busy all the time shows no limit of its \
-                 own."
+                 event was served;\na loop that was not busy all the time has not shown its \
+                 limit."
             ),
         );
         for run in &self.saturation {

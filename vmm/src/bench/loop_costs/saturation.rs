@@ -9,7 +9,7 @@ use iothread::{Blocking, Event, PollPolicy, Progress, Strand};
 use serde::Serialize;
 
 use super::Claimed;
-use super::common::{LoopThread, SPINS, lost, nanos, start, strand};
+use super::common::{LoopThread, lost, nanos, start, strand};
 use crate::bench::host::Witness;
 use crate::bench::progress;
 use crate::bench::ratio::{Claim, Interval, Verdict};
@@ -110,7 +110,6 @@ fn paced(producers: &[Producer], stop: &AtomicBool) {
 
 /// Each producer announces as soon as its last event has been seen: every event is a callback.
 fn free(producers: &[Producer], stop: &AtomicBool) {
-    let mut idle_rounds = 0;
     while !stop.load(Acquire) {
         let mut idle = true;
         for producer in producers {
@@ -119,8 +118,7 @@ fn free(producers: &[Producer], stop: &AtomicBool) {
                 idle = false;
             }
         }
-        idle_rounds = if idle { idle_rounds + 1 } else { 0 };
-        if idle_rounds > SPINS {
+        if idle {
             std::thread::yield_now();
         }
     }
