@@ -85,7 +85,7 @@ impl Report {
             line(
                 text,
                 format_args!(
-                    "  busy {busy:.1}%, poll {poll:.1}%, sleep {sleep:.1}% of wall time, at worst \
+                    "  busy {busy:.1}%, poll {poll:.1}%, sleep {sleep:.1}% of wall time, \
                      {:.2}% off{cpu}",
                     100.0 * run.unaccounted
                 ),
