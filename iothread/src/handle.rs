@@ -184,6 +184,10 @@ impl LoopHandle {
         self.post(&Arc::new(Node::new(task)), class);
     }
 
+    pub(crate) fn is_to_stop(&self) -> bool {
+        self.0.stop.load(Acquire)
+    }
+
     /// Has anything been posted, but for idle times?
     pub(crate) fn has_mail(&self) -> bool {
         self.0.inboxes.iter().any(|inbox| !inbox.is_empty())
@@ -194,16 +198,18 @@ impl LoopHandle {
     }
 
     pub(crate) fn take(&self, class: Class) -> Batch<Task> {
-        self.0.inboxes[class as usize].take()
+        let inbox = &self.0.inboxes[class as usize];
+        // An exchange costs more than a look.
+        if inbox.is_empty() { Batch::empty() } else { inbox.take() }
     }
 
     pub(crate) fn take_idle(&self) -> Batch<Task> {
-        self.0.idle.take()
+        if self.0.idle.is_empty() { Batch::empty() } else { self.0.idle.take() }
     }
 
     /// The loop's last look before it sleeps; true: nothing has come, nor is it to end.
     pub(crate) fn falls_asleep(&self) -> bool {
-        self.0.state.falls_asleep(|| !self.has_mail() && !self.0.stop.load(Acquire))
+        self.0.state.falls_asleep(|| !self.has_mail() && !self.is_to_stop())
     }
 
     /// There is no loop any more.

@@ -109,7 +109,7 @@ fn start_loop(poll: PollPolicy) -> (LoopHandle, Thread) {
 fn counting(home: &LoopHandle) -> (Strand<()>, Event<()>, Arc<AtomicU64>) {
     let ran = Arc::<AtomicU64>::default();
     let count = Arc::clone(&ran);
-    let strand = Strand::new(home, ());
+    let strand = Strand::new("count", home, ());
     let event = strand.event(move |(), _| {
         count.fetch_add(1, AcqRel);
         Progress::Idle
@@ -184,7 +184,7 @@ fn a_kick_that_meets_another_makes_no_system_call_to_leave_its_event_there() {
 fn a_post_to_a_loop_that_does_not_sleep_makes_no_system_call_and_allocates_nothing() {
     const POSTS: u64 = 10_000;
     // Has learned to poll, for longer than this test takes, once it has slept twice.
-    let poll = PollPolicy { max: Duration::from_secs(3600), grow: u32::MAX, shrink: 0 };
+    let poll = PollPolicy { max: Duration::from_secs(3600), grow: u32::MAX, ..PollPolicy::OFF };
     let (home, thread) = start_loop(poll);
     let (_strand, event, ran) = counting(&home);
     for nth in 1.. {

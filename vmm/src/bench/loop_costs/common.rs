@@ -35,7 +35,7 @@ pub(super) fn owned(eventfd: EventFd) -> OwnedFd {
 
 /// The object of a measurement, in a strand.
 pub(super) fn strand<T: Send + 'static>(home: &LoopHandle, object: T) -> Strand<T> {
-    Strand::new(home, object)
+    Strand::new("bench", home, object)
 }
 
 fn spec(name: &str) -> ThreadSpec {

@@ -23,7 +23,7 @@ const PAUSE: Duration = Duration::from_micros(60);
 
 /// Polls from the second wait on, for longer than any measurement.
 const ALWAYS_POLLS: PollPolicy =
-    PollPolicy { max: Duration::from_secs(10), grow: u32::MAX, shrink: 0 };
+    PollPolicy { max: Duration::from_secs(10), grow: u32::MAX, shrink: 0, share: 100 };
 
 pub(super) fn all(pairs: usize) -> io::Result<Vec<Cost>> {
     let rows: [fn(usize) -> io::Result<Cost>; 10] = [
