@@ -268,6 +268,7 @@ impl EventLoop {
     /// Polls for as long as the policy says; true: there is work.
     fn poll(&mut self, began: u64) -> bool {
         let limit = self.polling.limit(began);
+        self.local.counters.poll_pauses.add(self.polling.take_pauses());
         if limit.is_zero() || self.is_virtual() {
             return false;
         }

@@ -80,6 +80,11 @@ impl Polling {
         if self.contention.forbids(now, involuntary_switches) { Duration::ZERO } else { self.limit }
     }
 
+    /// Pauses that began since the last call.
+    pub(crate) fn take_pauses(&mut self) -> u64 {
+        std::mem::take(&mut self.contention.pauses)
+    }
+
     /// So long was polled.
     pub(crate) fn polled(&mut self, time: Duration) {
         self.credit = self.credit.saturating_sub(time.as_nanos() as u64);
@@ -109,6 +114,8 @@ struct Contention {
     window: Option<(u64, u64)>,
     pause: u64,
     until: u64,
+    /// Not counted elsewhere yet.
+    pauses: u64,
 }
 
 impl Contention {
@@ -129,6 +136,7 @@ impl Contention {
                     self.pause = (2 * self.pause).clamp(FIRST_PAUSE_NS, LONGEST_PAUSE_NS);
                     self.until = now + self.pause;
                     self.window = None;
+                    self.pauses += 1;
                 }
             }
         }

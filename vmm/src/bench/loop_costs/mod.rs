@@ -71,6 +71,11 @@ impl Tally {
         what.iter().all(|what| self.0.get(what) == Some(&0))
     }
 
+    /// How many, if they could be counted.
+    fn get(&self, what: &str) -> Option<u64> {
+        self.0.get(what).copied()
+    }
+
     fn per(&self, operations: u64) -> BTreeMap<&'static str, f64> {
         self.0.iter().map(|(what, count)| (*what, *count as f64 / operations as f64)).collect()
     }
