@@ -75,7 +75,8 @@ pub struct EventLoop {
     pollers: Vec<Arc<Peeked>>,
     polling: Polling,
     shuffle: Option<Shuffle>,
-    ready: Vec<Arc<Watched>>,
+    /// Tokens of ready fds.
+    ready: Vec<u32>,
     due: Vec<Due>,
     /// By class: bottom halves taken from the inbox, whose turn has not come yet.
     queued: [Batch<Task>; 3],
@@ -234,7 +235,8 @@ impl EventLoop {
     // Parking.
 
     fn park(&mut self) {
-        let began = self.local.look();
+        // After a callback the time is known, but not after a system call.
+        let began = if self.local.ring.is_some() { self.local.look() } else { self.local.now };
         self.account(began, |counters| &counters.busy_ns);
         // Watched objects first and always: they have asked nobody to wake this loop.
         if self.peek() || self.timers.due(began) {
@@ -373,10 +375,15 @@ impl EventLoop {
         }
         self.local.counters.fd_events.add(self.ready.len() as u64);
         let mut ready = std::mem::take(&mut self.ready);
-        ready.sort_by_key(|watched| watched.place.class);
-        for watched in ready.drain(..) {
-            self.run_urgent(watched.place.class);
-            run(&watched.task, &mut self.local);
+        let class = |token: &u32| self.readiness.watched(*token).map(|it| it.place.class);
+        ready.sort_by_key(class);
+        for token in ready.drain(..) {
+            if let Some(class) = self.readiness.watched(token).map(|it| it.place.class) {
+                self.run_urgent(class);
+            }
+            if let Some(watched) = self.readiness.watched(token) {
+                run(&watched.task, &mut self.local);
+            }
         }
         self.ready = ready;
     }
@@ -467,7 +474,10 @@ impl EventLoop {
     fn run_bottom_half(&mut self, node: &Arc<Node<Task>>) {
         self.local.counters.bottom_halves.add(1);
         match &node.value {
-            Task::Admin(f) => f(self),
+            Task::Admin(f) => {
+                f(self);
+                self.local.look();
+            }
             _ => run(node, &mut self.local),
         }
     }

@@ -2,11 +2,11 @@
 
 use std::fmt;
 use std::io;
+use std::sync::atomic::compiler_fence;
 use std::sync::{Arc, OnceLock};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK};
 
-use crate::announce::announce;
 use crate::class::Class;
 use crate::counters::Counters;
 use crate::cx::Cx;
@@ -62,6 +62,19 @@ struct Bell {
 #[derive(Clone)]
 pub struct LoopHandle(pub(crate) Arc<Shared>);
 
+/// As if each thread of this process had a full fence right now (membarrier(2)). False: this kernel
+/// does not do that.
+fn every_thread_orders_its_memory() -> bool {
+    const PRIVATE_EXPEDITED: libc::c_long = 1 << 3;
+    const REGISTER_PRIVATE_EXPEDITED: libc::c_long = 1 << 4;
+    #[expect(unsafe_code, reason = "membarrier takes plain numbers")]
+    // SAFETY: it touches no memory.
+    let call =
+        |command: libc::c_long| unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) } == 0;
+    static REGISTERED: OnceLock<bool> = OnceLock::new();
+    *REGISTERED.get_or_init(|| call(REGISTER_PRIVATE_EXPEDITED)) && call(PRIVATE_EXPEDITED)
+}
+
 impl fmt::Debug for LoopHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("LoopHandle").field(&self.0.name).finish()
@@ -116,16 +129,17 @@ impl LoopHandle {
     /// does. False: it does not sleep now, and will not ring for this either.
     pub fn wants_bell(&self) -> bool {
         let Shared { bell, state, .. } = &*self.0;
-        let asleep = announce(|| bell.wanted.store(true, Relaxed), || state.is_asleep());
-        asleep || !bell.wanted.swap(false, AcqRel)
+        bell.wanted.store(true, Release);
+        (every_thread_orders_its_memory() && state.is_asleep()) || !bell.wanted.swap(false, AcqRel)
     }
 
     /// The loop sleeps no more.
     pub(crate) fn woke_up(&self) {
         let Shared { bell, state, .. } = &*self.0;
-        if announce(|| state.woke_up(), || bell.wanted.load(Relaxed))
-            && bell.wanted.swap(false, AcqRel)
-        {
+        state.woke_up();
+        // Pairs with the call in `wants_bell`, which costs the loop nothing.
+        compiler_fence(SeqCst);
+        if bell.wanted.load(Relaxed) && bell.wanted.swap(false, AcqRel) {
             bell.ring.get().inspect(|ring| ring());
         }
     }

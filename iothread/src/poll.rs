@@ -64,20 +64,22 @@ impl Polling {
 
     /// How long to poll now.
     pub(crate) fn limit(&mut self, now: u64) -> Duration {
-        if self.limit.is_zero() {
-            return self.limit;
+        let may = !self.limit.is_zero()
+            && self.has_share(now)
+            && !self.contention.forbids(now, involuntary_switches);
+        if may { self.limit } else { Duration::ZERO }
+    }
+
+    /// Is there enough of the CPU's share left to poll for as long as usual?
+    fn has_share(&mut self, now: u64) -> bool {
+        let share = u64::from(self.policy.share);
+        if share >= 100 {
+            return true;
         }
-        if self.policy.share < 100 {
-            let share = u64::from(self.policy.share);
-            let passed = now.saturating_sub(self.counted).min(WINDOW_NS);
-            self.credit = (self.credit + passed * share / 100).min(WINDOW_NS * share / 100);
-            self.counted = now;
-            // A look costs something: too little is nothing.
-            if Duration::from_nanos(self.credit) < self.limit {
-                return Duration::ZERO;
-            }
-        }
-        if self.contention.forbids(now, involuntary_switches) { Duration::ZERO } else { self.limit }
+        let passed = now.saturating_sub(self.counted).min(WINDOW_NS);
+        self.credit = (self.credit + passed * share / 100).min(WINDOW_NS * share / 100);
+        self.counted = now;
+        Duration::from_nanos(self.credit) >= self.limit
     }
 
     /// Pauses that began since the last call.
@@ -202,7 +204,7 @@ mod tests {
         let mut polling = Polling::with_limit(policy, 32 * US);
         let (mut now, mut polled) = (1, 0);
         while now < 1_000_000_000 {
-            let time = polling.limit(now);
+            let time = if polling.has_share(now) { polling.limit } else { Duration::ZERO };
             polling.polled(time);
             polled += time.as_nanos() as u64;
             now += time.as_nanos() as u64 + 3_000;

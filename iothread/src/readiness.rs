@@ -117,12 +117,14 @@ impl Readiness {
         self.manager.run_with_timeout(timeout_ms).is_ok_and(|count| count > 0)
     }
 
-    /// Moves all ready fds to the end of `into`.
-    pub(crate) fn take_ready(&mut self, into: &mut Vec<Arc<Watched>>) {
-        for token in self.noted.borrow_mut().drain(..) {
-            if let Some(Some(watched)) = self.watched.get(token as usize) {
-                into.push(Arc::clone(watched));
-            }
-        }
+    /// Moves the tokens of all ready fds to the end of `into`.
+    pub(crate) fn take_ready(&mut self, into: &mut Vec<u32>) {
+        into.append(&mut self.noted.borrow_mut());
+        into.retain(|token| self.watched(*token).is_some());
+    }
+
+    /// Who has this token, if anybody has.
+    pub(crate) fn watched(&self, token: u32) -> Option<&Watched> {
+        self.watched.get(token as usize)?.as_deref()
     }
 }
