@@ -190,7 +190,7 @@ pub struct Thread {
     pub poll: Poll,
 }
 
-/// `sched = { policy, nice, priority }`.
+/// `sched = { policy, nice, priority, runaway }`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case", tag = "policy")]
 pub enum Sched {
@@ -210,11 +210,15 @@ pub enum Sched {
     Fifo {
         /// 1 to 99, higher runs first.
         priority: u8,
+        /// It becomes `other` after so much CPU time without a pause; `None`: never.
+        runaway: Option<Duration>,
     },
     /// SCHED_RR.
     Rr {
         /// 1 to 99, higher runs first.
         priority: u8,
+        /// It becomes `other` after so much CPU time without a pause; `None`: never.
+        runaway: Option<Duration>,
     },
 }
 

@@ -171,7 +171,7 @@ fn everything_can_be_said() {
     let pins: Vec<_> =
         plan.vcpus.iter().map(|vcpu| vcpu.cpus.as_ref().unwrap().to_string()).collect();
     assert_eq!(pins, ["10", "8,72", "8,72", "13"]);
-    assert_eq!(plan.vcpus[3].sched, Sched::Rr { priority: 7 });
+    assert_eq!(plan.vcpus[3].sched, Sched::Rr { priority: 7, runaway: None });
     let names: Vec<_> = plan.threads.iter().map(|thread| thread.name.as_str()).collect();
     assert_eq!(names, ["main", "Io_0-a", "idle"]);
     assert_eq!(plan.threads[0].cpus.as_ref().unwrap().to_string(), "3");

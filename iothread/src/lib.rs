@@ -59,6 +59,7 @@ mod poll;
 mod readiness;
 mod reply;
 mod ring;
+mod runaway;
 mod shuffle;
 mod source;
 mod strand;
@@ -78,6 +79,7 @@ pub use idle::Idle;
 pub use poll::PollPolicy;
 pub use reply::{Answer, Blocking, Gone, Reply};
 pub use ring::{Operation, Port, Ring, RingFull};
+pub use runaway::{Guard, ring_on_demotion};
 pub use source::{FdSource, Poller, Trigger};
 pub use strand::{Event, Progress, Strand};
 pub use thread::{

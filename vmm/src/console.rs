@@ -17,9 +17,10 @@ use std::time::{Duration, Instant};
 use config::plan::{self, SerialOut};
 use devices::legacy::{PowerPorts, Serial};
 
+use crate::demotions::Demotions;
 use crate::ending::{End, Ending};
 use crate::machine::{HostError, Machine};
-use crate::terminal::{Signals, output};
+use crate::terminal::{self, Signals, output};
 
 /// Bytes moved at a time: a pipe that is writable takes this many without blocking.
 const CHUNK: usize = 4096;
@@ -207,6 +208,8 @@ impl Input {
 pub struct Supervisor {
     /// The ports.
     pub lines: Vec<Line>,
+    /// The real-time threads that may lose their priority.
+    pub demotions: Demotions,
     signals: Signals,
     ending: Ending,
     power_button: Option<Arc<PowerPorts>>,
@@ -229,7 +232,8 @@ impl Supervisor {
         let input = Input { open, escaped: false, pending: VecDeque::new() };
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         let ending = ending.clone();
-        Self { lines, signals, ending, power_button: None, input, interactive, deadline }
+        let demotions = Demotions::default();
+        Self { lines, demotions, signals, ending, power_button: None, input, interactive, deadline }
     }
 
     /// Takes on the ports and the power button of a machine, its first or the next one.
@@ -243,6 +247,10 @@ impl Supervisor {
     /// Returns when the machine has ended, or after the timeout.
     pub fn wait(&mut self) -> End {
         loop {
+            self.demotions
+                .news()
+                .iter()
+                .for_each(|news| terminal::say(&format!("heddle: {news}\n")));
             if let Some(end) = self.ending.get() {
                 return end;
             }

@@ -454,11 +454,9 @@ impl<'a> Parts<'a> {
             let (vcpu, apic_id) = (&plan.vcpus[nth], apic_ids[nth]);
             let (start, wait) = channel();
             starts.push(start);
-            let spec = ThreadSpec {
-                name: format!("vcpu{nth}"),
-                cpus: vcpu.cpus.as_ref().map(cpu_ids),
-                sched: sched(vcpu.sched),
-            };
+            let cpus = vcpu.cpus.as_ref().map(cpu_ids);
+            let (sched, runaway) = sched(vcpu.sched);
+            let spec = ThreadSpec { cpus, sched, runaway, ..ThreadSpec::new(format!("vcpu{nth}")) };
             let (vm, supported) = (Arc::clone(&self.vm), Arc::clone(&supported));
             let make = move || {
                 let fd = vm.create_vcpu(apic_id.into()).map_err(ioctl("KVM_CREATE_VCPU"))?;

@@ -97,6 +97,7 @@ impl Report {
                 "tid": granted.tid,
                 "cpus": granted.cpus,
                 "sched": granted.sched.to_string(),
+                "demoted": demoted(granted),
                 "counters": counters,
             })
         });
@@ -137,6 +138,11 @@ impl Report {
     }
 }
 
+/// Has it run away, and lost its priority?
+fn demoted(granted: &Granted) -> bool {
+    granted.guard.as_ref().is_some_and(|guard| guard.demoted())
+}
+
 /// The counters that tell where work was done, one line per thread.
 fn stats(threads: &[ThreadInfo]) -> String {
     const COLUMNS: [&str; 9] = [
@@ -159,6 +165,9 @@ fn stats(threads: &[ThreadInfo]) -> String {
         for column in COLUMNS {
             let value = counters.iter().find(|(name, _)| *name == column).map_or(0, |(_, v)| *v);
             text += &format!(" {value:>11}");
+        }
+        if demoted(&thread.granted) {
+            text += &format!("  lost {}", thread.granted.sched);
         }
         text.push('\n');
     }

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-use iothread::{Cx, ExitCx, LoopHandle, PollPolicy, Port, Sched, Thread, ThreadSpec, VcpuLoop};
+use iothread::{Cx, ExitCx, LoopHandle, PollPolicy, Port, Thread, ThreadSpec, VcpuLoop};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 pub use dice::Dice;
@@ -56,7 +56,7 @@ pub struct TestLoop {
 impl TestLoop {
     /// Starts it.
     pub fn new(name: &str, poll: PollPolicy) -> Self {
-        let spec = ThreadSpec { name: name.to_owned(), cpus: None, sched: Sched::Other(0) };
+        let spec = ThreadSpec::new(name);
         let (handle, thread) = iothread::spawn_loop(spec, poll).expect("a loop for a test");
         Self { handle, thread: Some(thread) }
     }
