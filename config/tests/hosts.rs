@@ -191,7 +191,7 @@ heddle    any   0      other   -
 main      any   0      other   32us
     every machine has it, for what is placed nowhere else
     disk.d:q0-1: placed here, which is the default
-    costs 7 fds, 1 ring, up to 32us of CPU time before each sleep
+    costs 7 fds, 1 ring (up to 8 kernel threads), up to 32us of CPU time before each sleep
 vcpu 0-1  any   0      other   -
     runs a CPU of the guest
     costs 1 fd each

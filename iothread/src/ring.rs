@@ -349,3 +349,16 @@ impl Ring {
         }
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_knows_how_many_workers_a_ring_may_have() {
+        let ring = Ring::new(&Arc::default()).unwrap();
+        let mut limits = [0; 2]; // changes nothing, and gives what there is
+        ring.io.submitter().register_iowq_max_workers(&mut limits).unwrap();
+        assert_eq!(limits, WORKERS);
+    }
+}

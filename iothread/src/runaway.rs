@@ -35,9 +35,9 @@ thread_local! {
 /// Told of every demotion.
 static BELL: OnceLock<EventFd> = OnceLock::new();
 
-/// Every demotion from now on writes to `bell`. Once per process; false: there is one already.
-pub fn ring_on_demotion(bell: EventFd) -> bool {
-    BELL.set(bell).is_ok()
+/// Every demotion in this process from now on writes to `bell`. Only the first call counts.
+pub fn ring_on_demotion(bell: EventFd) {
+    let _ = BELL.set(bell);
 }
 
 /// What became of a guarded thread; any thread may look.

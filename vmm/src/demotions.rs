@@ -17,8 +17,7 @@ impl Demotions {
     /// # Errors
     /// No file descriptor is left.
     pub fn announce_at(ending: &Ending) -> std::io::Result<()> {
-        // If it had been said before, somebody else would be waiting: there is one such per process.
-        ending.bell().map(|bell| drop(iothread::ring_on_demotion(bell)))
+        ending.bell().map(iothread::ring_on_demotion)
     }
 
     /// Watches these threads and no others.
