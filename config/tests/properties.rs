@@ -138,7 +138,7 @@ fn good_file() -> impl Strategy<Value = String> {
         "{ nice = -20 }",
         "{ policy = \"batch\", nice = 19 }",
         "{ policy = \"idle\" }",
-        "{ policy = \"fifo\", priority = 99 }",
+        "{ policy = \"fifo\", priority = 99, runaway = \"10s\" }",
         "{ policy = \"rr\", priority = 1, runaway = \"1.5s\" }",
         "{ policy = \"rr\", priority = 1, runaway = \"off\" }",
     ]);

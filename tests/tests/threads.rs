@@ -296,6 +296,12 @@ fn a_vcpu_may_compute_for_as_long_as_it_likes_unless_the_file_says_otherwise() {
         std::thread::yield_now();
     }
     assert_eq!(seen(running.pid(), vcpu).policy, libc::SCHED_FIFO);
+    // KVM makes threads of its own on behalf of the first vCPU; they do not take after it.
+    for (id, name) in
+        threads(running.pid()).into_iter().filter(|(_, name)| name.starts_with("kvm-"))
+    {
+        assert_eq!(seen(running.pid(), id).policy, libc::SCHED_OTHER, "{name}");
+    }
     running.signal(libc::SIGTERM);
     let outcome = running.wait().expect(143);
     assert!(!outcome.stderr.contains("no longer"), "{}", outcome.stderr);
