@@ -211,6 +211,7 @@ pub enum Sched {
         /// 1 to 99, higher runs first.
         priority: u8,
         /// It becomes `other` after so much CPU time without a pause; `None`: never.
+        #[serde(serialize_with = "crate::units::as_time_or_off")]
         runaway: Option<Duration>,
     },
     /// SCHED_RR.
@@ -218,6 +219,7 @@ pub enum Sched {
         /// 1 to 99, higher runs first.
         priority: u8,
         /// It becomes `other` after so much CPU time without a pause; `None`: never.
+        #[serde(serialize_with = "crate::units::as_time_or_off")]
         runaway: Option<Duration>,
     },
 }
