@@ -115,7 +115,21 @@ fn write(out: &mut String, plan: &Plan) -> std::fmt::Result {
     };
     writeln!(out, "\n[policy]\non-reset = \"{on_reset}\"")?;
     writeln!(out, "overlap = \"{}\"", verdict(policy.overlap))?;
-    writeln!(out, "fallback = \"{}\"", verdict(policy.fallback))
+    writeln!(out, "fallback = \"{}\"", verdict(policy.fallback))?;
+    write_test(out, plan)
+}
+
+fn write_test(out: &mut String, plan: &Plan) -> std::fmt::Result {
+    if let Some(seed) = plan.test.shuffle {
+        writeln!(out, "\n[test]\nshuffle = {seed}")?;
+    }
+    for stall in &plan.test.stalls {
+        let thread = quote(&plan.threads[stall.thread.0].name);
+        let (time, every) = (format_time(stall.time), format_time(stall.every));
+        writeln!(out, "\n[[test.stall]]\nthread = {thread}")?;
+        writeln!(out, "time = \"{time}\"\nevery = \"{every}\"")?;
+    }
+    Ok(())
 }
 
 fn prealloc(Prealloc { threads, near }: Prealloc) -> String {

@@ -132,6 +132,12 @@ pub(crate) static ROOT: Table = table(&[
         "Serial ports; the names com1 to com4 choose the port.",
     ),
     key("policy", Shape::Table(&POLICY), Inside, "What to do about doubtful plans."),
+    key(
+        "test",
+        Shape::Table(&TEST),
+        Inside,
+        "Troubles made on purpose, for experiments and tests.",
+    ),
 ]);
 
 static MACHINE: Table = table(&[
@@ -276,6 +282,27 @@ static POLL: Table = table(&[
         Value("100"),
         "Percent of a CPU's time that polling takes at the most.",
     ),
+]);
+
+static TEST: Table = table(&[
+    key(
+        "shuffle",
+        Int(0, u32::MAX as i64),
+        Absent,
+        "With this seed, threads draw lots for the order of all that has none by promise.",
+    ),
+    key(
+        "stall",
+        List(&Shape::Table(&STALL)),
+        Says("none"),
+        "Callbacks that keep a thread busy for far too long.",
+    ),
+]);
+
+static STALL: Table = table(&[
+    key("thread", Text("THREAD"), Required, "The thread to keep busy."),
+    key("time", Text("TIME"), Required, "How long each time, at most 10s."),
+    key("every", Text("TIME"), Required, "From one begin to the next, at most 1000s."),
 ]);
 
 static DISK: Table = table(&[

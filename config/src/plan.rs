@@ -35,6 +35,8 @@ pub struct Plan {
     pub serials: Vec<Serial>,
     /// `[policy]`.
     pub policy: Policy,
+    /// `[test]`.
+    pub test: Test,
 }
 
 /// `[machine]`.
@@ -352,6 +354,30 @@ pub struct Policy {
     pub overlap: Verdict,
     /// A wish of the file (engine, affinity, scheduling) cannot be had on this host.
     pub fallback: Verdict,
+}
+
+/// `[test]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Default)]
+#[serde(rename_all = "kebab-case")]
+pub struct Test {
+    /// Seed for the order of what has none by promise.
+    pub shuffle: Option<u64>,
+    /// Callbacks that take too long.
+    pub stalls: Vec<Stall>,
+}
+
+/// `[[test.stall]]`: a callback that keeps a thread busy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Stall {
+    /// The thread.
+    pub thread: ThreadId,
+    /// How long each time.
+    #[serde(serialize_with = "crate::units::as_time")]
+    pub time: Duration,
+    /// From one begin to the next.
+    #[serde(serialize_with = "crate::units::as_time")]
+    pub every: Duration,
 }
 
 /// What a guest's reset does.

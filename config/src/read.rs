@@ -4,6 +4,7 @@ mod devices;
 mod machine;
 mod numa;
 mod placement;
+mod test;
 mod threads;
 
 use std::path::{Component, Path, PathBuf};
@@ -47,6 +48,7 @@ pub(crate) fn plan(report: &Report, tree: &Table, default_name: &str) -> Plan {
         numa,
         boot,
         vcpus,
+        test: test::test(&root.table("test"), &threads),
         threads,
         disks,
         rngs,

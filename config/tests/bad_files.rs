@@ -542,3 +542,26 @@ fn distances_of_nodes() {
     );
     expect(&two("distances = 20", ""), &[(7, 13, "must be [an integer from 10 to 254, ...]", "")]);
 }
+
+#[test]
+fn troubles_on_purpose_are_checked_like_everything_else() {
+    let stall = |rest: &str| format!("[thread.io0]\n[[test.stall]]\nthread = \"io0\"\n{rest}");
+    expect("[test]\nshuffle = -1", &[(2, 11, "from 0 to 4294967295", "")]);
+    expect("[test]\nstall = 1", &[(2, 9, "`stall` must be tables", "write [[test.stall]]")]);
+    expect(
+        &stall("time = \"20ms\""),
+        &[(2, 1, "`test.stall.every` is missing", "add `every = ...`")],
+    );
+    expect(
+        &stall("time = \"20ms\"\nevery = \"10ms\""),
+        &[(5, 9, "would begin before the last has ended", "longer than `time`")],
+    );
+    expect(
+        &stall("time = \"0s\"\nevery = \"2000s\""),
+        &[(4, 8, "from 1ns to 10s", ""), (5, 9, "from 1ns to 1000s", "")],
+    );
+    expect(
+        "[[test.stall]]\nthread = \"oi0\"\ntime = \"1ms\"\nevery = \"1s\"\n[thread.io0]",
+        &[(2, 10, "there is no thread `oi0`", "did you mean `io0`?")],
+    );
+}

@@ -50,6 +50,8 @@ counters! {
     poll_hits,
     /// Polling phases that did not.
     poll_misses,
+    /// Times polling was given up for a while, because others wanted the CPU.
+    poll_pauses,
     /// Ready file descriptors dispatched.
     fd_events,
     /// Timers that expired.

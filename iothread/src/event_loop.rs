@@ -26,11 +26,14 @@ use crate::readiness::Readiness;
 use crate::reply;
 use crate::shuffle::Shuffle;
 use crate::source::{Peeked, Watched};
-use crate::sync::Ordering::*;
 use crate::timer::{Alarm, Due, Timers};
 
 /// Peeks between two looks at the file descriptors while polling.
 const SPINS_PER_LOOK: u32 = 64;
+
+/// While there is other work, the file descriptors are looked at once in so many nanoseconds: a
+/// look is a system call, and a bottom half costs a tenth of one.
+const LOOK_PERIOD_NS: u64 = 10_000;
 
 /// Events that others left with a strand served in one go, before other work of the loop.
 const SERVE_BUDGET: u32 = 64;
@@ -72,13 +75,16 @@ pub struct EventLoop {
     pollers: Vec<Arc<Peeked>>,
     polling: Polling,
     shuffle: Option<Shuffle>,
-    ready: Vec<Arc<Watched>>,
+    /// Tokens of ready fds.
+    ready: Vec<u32>,
     due: Vec<Due>,
     /// By class: bottom halves taken from the inbox, whose turn has not come yet.
     queued: [Batch<Task>; 3],
     ring_watched: bool,
     /// Until when the time of this thread has been accounted for.
     accounted: u64,
+    /// When the file descriptors were last looked at.
+    looked: u64,
     vain_turns: u32,
     /// What had been done when the vain turns began.
     done: u64,
@@ -134,6 +140,7 @@ impl EventLoop {
             queued: [Batch::empty(), Batch::empty(), Batch::empty()],
             ring_watched: false,
             accounted: now,
+            looked: 0,
             vain_turns: 0,
             done: 0,
         })
@@ -163,7 +170,7 @@ impl EventLoop {
 
     /// Turns until [`LoopHandle::stop`].
     pub fn run(mut self) {
-        while !self.handle.0.stop.load(Acquire) {
+        while !self.handle.is_to_stop() {
             self.turn();
         }
     }
@@ -228,11 +235,15 @@ impl EventLoop {
     // Parking.
 
     fn park(&mut self) {
-        let began = self.local.look();
+        // After a callback the time is known, but not after a system call.
+        let began = if self.local.ring.is_some() { self.local.look() } else { self.local.now };
         self.account(began, |counters| &counters.busy_ns);
         // Watched objects first and always: they have asked nobody to wake this loop.
         if self.peek() || self.timers.due(began) {
-            self.readiness.look();
+            if began - self.looked >= LOOK_PERIOD_NS || self.is_virtual() {
+                self.readiness.look();
+                self.looked = began;
+            }
             return;
         }
         if self.poll(began) {
@@ -240,15 +251,18 @@ impl EventLoop {
         }
         let settled = self.settle();
         self.run_idle();
-        if !settled || self.has_work() {
-            self.readiness.look();
-            return;
+        if settled && !self.has_work() {
+            self.sleep(began);
         }
-        self.sleep(began);
+    }
+
+    fn is_virtual(&self) -> bool {
+        matches!(self.local.clock, Clock::Virtual(_))
     }
 
     fn has_work(&self) -> bool {
         self.handle.has_mail()
+            || self.handle.is_to_stop()
             || self.queued.iter().any(|batch| !batch.is_empty())
             || self.local.ring.as_ref().is_some_and(|ring| ring.has_work())
     }
@@ -256,7 +270,8 @@ impl EventLoop {
     /// Polls for as long as the policy says; true: there is work.
     fn poll(&mut self, began: u64) -> bool {
         let limit = self.polling.limit(began);
-        if limit.is_zero() || matches!(self.local.clock, Clock::Virtual(_)) {
+        self.local.counters.poll_pauses.add(self.polling.take_pauses());
+        if limit.is_zero() || self.is_virtual() {
             return false;
         }
         let found = loop {
@@ -329,7 +344,8 @@ impl EventLoop {
             *now = self.timers.next().unwrap_or(*now).max(*now);
             return;
         }
-        let now = self.local.look();
+        // What came after the last look at the clock did not take long.
+        let now = self.local.now;
         self.account(now, |counters| &counters.busy_ns);
         self.timers.set_alarm(now);
         if self.handle.falls_asleep() {
@@ -338,8 +354,9 @@ impl EventLoop {
         } else {
             self.readiness.look();
         }
-        self.handle.0.state.woke_up();
+        self.handle.woke_up();
         let woke = self.local.look();
+        self.looked = woke;
         self.account(woke, |counters| &counters.sleep_ns);
         self.polling.waited(Duration::from_nanos(woke - began));
         self.vain_turns = 0;
@@ -356,13 +373,17 @@ impl EventLoop {
         if self.ready.is_empty() {
             return;
         }
-        self.local.look();
         self.local.counters.fd_events.add(self.ready.len() as u64);
         let mut ready = std::mem::take(&mut self.ready);
-        ready.sort_by_key(|watched| watched.place.class);
-        for watched in ready.drain(..) {
-            self.run_urgent(watched.place.class);
-            run(&watched.task, &mut self.local);
+        let class = |token: &u32| self.readiness.watched(*token).map(|it| it.place.class);
+        ready.sort_by_key(class);
+        for token in ready.drain(..) {
+            if let Some(class) = self.readiness.watched(token).map(|it| it.place.class) {
+                self.run_urgent(class);
+            }
+            if let Some(watched) = self.readiness.watched(token) {
+                run(&watched.task, &mut self.local);
+            }
         }
         self.ready = ready;
     }
@@ -386,7 +407,7 @@ impl EventLoop {
         if self.timers.next().is_none() {
             return;
         }
-        let now = self.local.look();
+        let now = self.local.now;
         let mut due = std::mem::take(&mut self.due);
         due.extend(std::iter::from_fn(|| self.timers.pop_due(now)));
         due.sort_by_key(|due| due.class);
@@ -453,7 +474,10 @@ impl EventLoop {
     fn run_bottom_half(&mut self, node: &Arc<Node<Task>>) {
         self.local.counters.bottom_halves.add(1);
         match &node.value {
-            Task::Admin(f) => f(self),
+            Task::Admin(f) => {
+                f(self);
+                self.local.look();
+            }
             _ => run(node, &mut self.local),
         }
     }

@@ -2,7 +2,8 @@
 
 use std::fmt;
 use std::io;
-use std::sync::Arc;
+use std::sync::atomic::compiler_fence;
+use std::sync::{Arc, OnceLock};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK};
 
@@ -48,11 +49,31 @@ pub(crate) struct Shared {
     pub(crate) wake: EventFd,
     pub(crate) stop: AtomicBool,
     pub(crate) counters: Arc<Counters>,
+    bell: Bell,
+}
+
+/// Somebody who wants to know when a loop sleeps no more, and how to tell him.
+struct Bell {
+    wanted: AtomicBool,
+    ring: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 /// A loop, seen from outside: where to send work. Cheap to clone.
 #[derive(Clone)]
 pub struct LoopHandle(pub(crate) Arc<Shared>);
+
+/// As if each thread of this process had a full fence right now (membarrier(2)). False: this kernel
+/// does not do that.
+fn every_thread_orders_its_memory() -> bool {
+    const PRIVATE_EXPEDITED: libc::c_long = 1 << 3;
+    const REGISTER_PRIVATE_EXPEDITED: libc::c_long = 1 << 4;
+    #[expect(unsafe_code, reason = "membarrier takes plain numbers")]
+    // SAFETY: it touches no memory.
+    let call =
+        |command: libc::c_long| unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) } == 0;
+    static REGISTERED: OnceLock<bool> = OnceLock::new();
+    *REGISTERED.get_or_init(|| call(REGISTER_PRIVATE_EXPEDITED)) && call(PRIVATE_EXPEDITED)
+}
 
 impl fmt::Debug for LoopHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -78,6 +99,7 @@ impl LoopHandle {
             wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             stop: AtomicBool::new(false),
             counters: Arc::default(),
+            bell: Bell { wanted: AtomicBool::new(false), ring: OnceLock::new() },
         })))
     }
 
@@ -95,6 +117,31 @@ impl LoopHandle {
     pub fn stop(&self) {
         self.0.stop.store(true, Release);
         self.wake();
+    }
+
+    /// What [`wants_bell`](Self::wants_bell) asks for is done by this, on the loop's thread. It must
+    /// not wait. Only the first one counts.
+    pub fn on_bell(&self, ring: impl Fn() + Send + Sync + 'static) {
+        let _ = self.0.bell.ring.set(Box::new(ring));
+    }
+
+    /// Rings once when the loop sleeps no more, so that who watches it can sleep as long as it
+    /// does. False: it does not sleep now, and will not ring for this either.
+    pub fn wants_bell(&self) -> bool {
+        let Shared { bell, state, .. } = &*self.0;
+        bell.wanted.store(true, Release);
+        (every_thread_orders_its_memory() && state.is_asleep()) || !bell.wanted.swap(false, AcqRel)
+    }
+
+    /// The loop sleeps no more.
+    pub(crate) fn woke_up(&self) {
+        let Shared { bell, state, .. } = &*self.0;
+        state.woke_up();
+        // Pairs with the call in `wants_bell`, which costs the loop nothing.
+        compiler_fence(SeqCst);
+        if bell.wanted.load(Relaxed) && bell.wanted.swap(false, AcqRel) {
+            bell.ring.get().inspect(|ring| ring());
+        }
     }
 
     /// Answers when all that was sent to the loop before has been run.
@@ -151,6 +198,10 @@ impl LoopHandle {
         self.post(&Arc::new(Node::new(task)), class);
     }
 
+    pub(crate) fn is_to_stop(&self) -> bool {
+        self.0.stop.load(Acquire)
+    }
+
     /// Has anything been posted, but for idle times?
     pub(crate) fn has_mail(&self) -> bool {
         self.0.inboxes.iter().any(|inbox| !inbox.is_empty())
@@ -161,16 +212,18 @@ impl LoopHandle {
     }
 
     pub(crate) fn take(&self, class: Class) -> Batch<Task> {
-        self.0.inboxes[class as usize].take()
+        let inbox = &self.0.inboxes[class as usize];
+        // An exchange costs more than a look.
+        if inbox.is_empty() { Batch::empty() } else { inbox.take() }
     }
 
     pub(crate) fn take_idle(&self) -> Batch<Task> {
-        self.0.idle.take()
+        if self.0.idle.is_empty() { Batch::empty() } else { self.0.idle.take() }
     }
 
     /// The loop's last look before it sleeps; true: nothing has come, nor is it to end.
     pub(crate) fn falls_asleep(&self) -> bool {
-        self.0.state.falls_asleep(|| !self.has_mail() && !self.0.stop.load(Acquire))
+        self.0.state.falls_asleep(|| !self.has_mail() && !self.is_to_stop())
     }
 
     /// There is no loop any more.

@@ -64,20 +64,27 @@ impl Polling {
 
     /// How long to poll now.
     pub(crate) fn limit(&mut self, now: u64) -> Duration {
-        if self.limit.is_zero() {
-            return self.limit;
+        let may = !self.limit.is_zero()
+            && self.has_share(now)
+            && !self.contention.forbids(now, involuntary_switches);
+        if may { self.limit } else { Duration::ZERO }
+    }
+
+    /// Is there enough of the CPU's share left to poll for as long as usual?
+    fn has_share(&mut self, now: u64) -> bool {
+        let share = u64::from(self.policy.share);
+        if share >= 100 {
+            return true;
         }
-        if self.policy.share < 100 {
-            let share = u64::from(self.policy.share);
-            let passed = now.saturating_sub(self.counted).min(WINDOW_NS);
-            self.credit = (self.credit + passed * share / 100).min(WINDOW_NS * share / 100);
-            self.counted = now;
-            // A look costs something: too little is nothing.
-            if Duration::from_nanos(self.credit) < self.limit {
-                return Duration::ZERO;
-            }
-        }
-        if self.contention.forbids(now, involuntary_switches) { Duration::ZERO } else { self.limit }
+        let passed = now.saturating_sub(self.counted).min(WINDOW_NS);
+        self.credit = (self.credit + passed * share / 100).min(WINDOW_NS * share / 100);
+        self.counted = now;
+        Duration::from_nanos(self.credit) >= self.limit
+    }
+
+    /// Pauses that began since the last call.
+    pub(crate) fn take_pauses(&mut self) -> u64 {
+        std::mem::take(&mut self.contention.pauses)
     }
 
     /// So long was polled.
@@ -109,6 +116,8 @@ struct Contention {
     window: Option<(u64, u64)>,
     pause: u64,
     until: u64,
+    /// Not counted elsewhere yet.
+    pauses: u64,
 }
 
 impl Contention {
@@ -129,6 +138,7 @@ impl Contention {
                     self.pause = (2 * self.pause).clamp(FIRST_PAUSE_NS, LONGEST_PAUSE_NS);
                     self.until = now + self.pause;
                     self.window = None;
+                    self.pauses += 1;
                 }
             }
         }
@@ -194,7 +204,7 @@ mod tests {
         let mut polling = Polling::with_limit(policy, 32 * US);
         let (mut now, mut polled) = (1, 0);
         while now < 1_000_000_000 {
-            let time = polling.limit(now);
+            let time = if polling.has_share(now) { polling.limit } else { Duration::ZERO };
             polling.polled(time);
             polled += time.as_nanos() as u64;
             now += time.as_nanos() as u64 + 3_000;

@@ -1,7 +1,9 @@
 //! File descriptors: which are ready. Built on event-manager, which owns the epoll.
 
+use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::rc::Rc;
 use std::sync::Arc;
 
 use event_manager::{
@@ -19,11 +21,11 @@ const WAKE_UP: u32 = u32::MAX;
 
 /// The only subscriber of the event manager: it notes what is ready and runs nothing, because
 /// callbacks run in the phase of the turn that is theirs.
-struct Noted(Vec<u32>);
+struct Noted(Rc<RefCell<Vec<u32>>>);
 
 impl MutEventSubscriber for Noted {
     fn process(&mut self, events: Events, _: &mut EventOps<'_>) {
-        self.0.push(events.data());
+        self.0.borrow_mut().push(events.data());
     }
 
     fn init(&mut self, _: &mut EventOps<'_>) {}
@@ -33,6 +35,8 @@ impl MutEventSubscriber for Noted {
 pub(crate) struct Readiness {
     manager: EventManager<Noted>,
     id: SubscriberId,
+    /// Tokens of ready fds: what the subscriber has noted.
+    noted: Rc<RefCell<Vec<u32>>>,
     /// By token.
     watched: Vec<Option<Arc<Watched>>>,
 }
@@ -41,8 +45,9 @@ impl Readiness {
     pub(crate) fn new() -> io::Result<Self> {
         let mut manager = EventManager::new_with_capacity(CAPACITY)
             .map_err(|e| io::Error::other(e.to_string()))?;
-        let id = manager.add_subscriber(Noted(Vec::with_capacity(CAPACITY)));
-        Ok(Self { manager, id, watched: Vec::new() })
+        let noted = Rc::new(RefCell::new(Vec::with_capacity(CAPACITY)));
+        let id = manager.add_subscriber(Noted(Rc::clone(&noted)));
+        Ok(Self { manager, id, noted, watched: Vec::new() })
     }
 
     /// Reports an fd when it is readable, until [`Self::remove`].
@@ -112,13 +117,14 @@ impl Readiness {
         self.manager.run_with_timeout(timeout_ms).is_ok_and(|count| count > 0)
     }
 
-    /// Moves all ready fds to the end of `into`.
-    pub(crate) fn take_ready(&mut self, into: &mut Vec<Arc<Watched>>) {
-        let Ok(noted) = self.manager.subscriber_mut(self.id) else { return };
-        for token in noted.0.drain(..) {
-            if let Some(Some(watched)) = self.watched.get(token as usize) {
-                into.push(Arc::clone(watched));
-            }
-        }
+    /// Moves the tokens of all ready fds to the end of `into`.
+    pub(crate) fn take_ready(&mut self, into: &mut Vec<u32>) {
+        into.append(&mut self.noted.borrow_mut());
+        into.retain(|token| self.watched(*token).is_some());
+    }
+
+    /// Who has this token, if anybody has.
+    pub(crate) fn watched(&self, token: u32) -> Option<&Watched> {
+        self.watched.get(token as usize)?.as_deref()
     }
 }

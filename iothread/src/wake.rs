@@ -50,6 +50,11 @@ impl Wake {
         self.0.store(AWAKE, Relaxed);
     }
 
+    /// Does the loop sleep, for all that one can know who is not the loop?
+    pub(crate) fn is_asleep(&self) -> bool {
+        self.0.load(Acquire) == ASLEEP
+    }
+
     /// The loop has ended and empties its inbox for the last time: what comes afterwards is for
     /// those to remove who posted it.
     pub(crate) fn ends(&self, empty: impl FnOnce()) {

@@ -28,9 +28,23 @@ fail() {
 mount -t ext4 /dev/vda /mnt || fail "no ext4 on /dev/vda"
 echo "LAB ready"
 
+# Each CPU reads through the queue that is its own.
+on_each_cpu() {
+    cpus=$(nproc)
+    cpu=0
+    while [ $cpu -lt $cpus ]; do
+        taskset $(printf %x $((1 << cpu))) \
+            dd if=/dev/vda of=/dev/null bs=4k count=8 skip=$((cpu * 8)) iflag=direct 2>/dev/null ||
+            fail "reading on CPU $cpu"
+        cpu=$((cpu + 1))
+    done
+}
+
 # After the reboot it reads once more what it wrote before, and powers off.
 again() {
     sum=$(md5sum </mnt/copy) || fail "reading"
+    # heddle counts for each machine anew what its vCPUs did.
+    on_each_cpu
     umount /mnt || fail "umount"
     echo "LAB again ${sum%% *}"
     LAB_END=poweroff
@@ -42,15 +56,7 @@ check() {
     cp /mnt/source /mnt/copy && sync || fail "copying"
     echo 3 >/proc/sys/vm/drop_caches
     sum=$(md5sum </mnt/copy) || fail "reading"
-    # Each CPU reads through the queue that is its own.
-    cpus=$(nproc)
-    cpu=0
-    while [ $cpu -lt $cpus ]; do
-        taskset $(printf %x $((1 << cpu))) \
-            dd if=/dev/vda of=/dev/null bs=4k count=8 skip=$((cpu * 8)) iflag=direct 2>/dev/null ||
-            fail "reading on CPU $cpu"
-        cpu=$((cpu + 1))
-    done
+    on_each_cpu
     grep . /sys/block/vda/mq/*/cpu_list >/mnt/out/mq
     cat /proc/interrupts >/mnt/out/interrupts
     cat /proc/iomem /proc/ioports >/mnt/out/resources

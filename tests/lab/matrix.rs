@@ -287,6 +287,10 @@ fn in_batches(with: &With, kit: &Kit, heddle: &Path, mut rows: Vec<&mut Row>) ->
         l1.run(&jobs, with.keep.as_deref(), |nth, outcome| {
             let row = &batch[nth];
             let faults = job::faults(&row.expect, &outcome);
+            if !faults.is_empty() {
+                // Now, and in the report: a long run may be cut off.
+                kit::say(&format!("{} failed: {}", row.guest.name(), faults.join("; ")));
+            }
             results.push((nth, faults, outcome.seconds, said(&outcome)));
         })?;
         for (nth, faults, seconds, said) in results {

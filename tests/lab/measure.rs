@@ -19,15 +19,16 @@ use crate::{At, Result, With};
 pub struct Measure {
     #[command(flatten)]
     only: Only,
-    /// Leave out the count of instructions, for which L1 runs a second time
+    /// Leave out memory and reads: only what is counted with -icount
     #[arg(long)]
-    no_instructions: bool,
+    start_only: bool,
     /// So many lines on where the exits come from
     #[arg(long, default_value_t = 12)]
     top: usize,
 }
 
 /// One line of the table; what is not known is absent.
+#[derive(Default)]
 struct Row {
     name: String,
     /// From the start of the monitor to the first program of its guest, in 10^9.
@@ -35,6 +36,10 @@ struct Row {
     /// Until the guest has mounted its disk.
     exits: Option<f64>,
     returns: Option<f64>,
+    /// The same in real time, as the others were counted: the slower the emulation, the more timer
+    /// interrupts of L1 and of the guest there are.
+    real_exits: Option<f64>,
+    real_returns: Option<f64>,
     /// While the guest does nothing, without the guest's memory.
     private_kib: Option<f64>,
     exits_per_read: Option<f64>,
@@ -55,7 +60,8 @@ const OTHERS: [(&str, [f64; 6]); 7] = [
     ("QEMU 10 q35 (bzImage)", [4.17, 25_142., 19_799., 57_720., 2.7, 1.1]),
 ];
 /// What heddle is to stay below; returns per read are to be none on a loop.
-const TARGET: (&str, [f64; 5]) = ("target: below", [1.55, 3000., 400., 4096., 2.3]);
+const TARGET: (&str, [Option<f64>; 7]) =
+    ("target: below", [Some(1.55), Some(3000.), Some(400.), None, None, Some(4096.), Some(2.3)]);
 
 const MIB: u32 = 16;
 /// Blocks of 4 KiB in the guest's two series, see `l2.sh`.
@@ -142,53 +148,67 @@ pub fn run(with: &With, options: &Measure) -> Result<bool> {
     }
     let toml = |guest: &Guest| guest.toml("measure", "512M", &with.append);
     let mut l1 = L1::new(with, &kit, &heddle);
-    let counting: Vec<Job> = guests
-        .iter()
-        .map(|guest| job(&guest.name(), toml(guest), &image, "", guest.place == Place::Main))
-        .collect();
-    kit::say("counting exits");
-    let mut outcomes = Vec::new();
+    let mut served = BTreeMap::new();
+    if !options.start_only {
+        kit::say("counting reads and memory");
+        let job = |guest: &Guest| job(&guest.name(), toml(guest), &image, "", false);
+        let jobs: Vec<Job> = guests.iter().map(job).collect();
+        l1.run(&jobs.iter().collect::<Vec<_>>(), with.keep.as_deref(), |nth, outcome| {
+            let counts = judge(&jobs[nth], &outcome);
+            served.insert(jobs[nth].name.clone(), (counts, outcome.text("smaps")));
+        })?;
+    }
+    kit::say("counting the start, with instructions for time");
+    (l1.icount, l1.smp) = (true, 1);
+    let mut started = BTreeMap::new();
     let mut details = Vec::new();
-    l1.run(&counting.iter().collect::<Vec<_>>(), with.keep.as_deref(), |nth, outcome| {
-        outcomes.push(judge(&counting[nth], &outcome));
-        let text = |name: &str| histogram(&outcome.text(name));
-        let events: Vec<_> = EVENTS.map(|(name, what)| (what, text(name))).into();
-        details.push((counting[nth].name.clone(), events, outcome.text("smaps")));
-    })?;
-    let mut instructions = BTreeMap::new();
-    if !options.no_instructions {
-        kit::say("counting instructions");
-        let timing: Vec<Job> = guests
-            .iter()
-            .filter(|guest| guest.place == Place::Main)
-            .map(|guest| job(&guest.name(), toml(guest), &image, "init", false))
-            .collect();
-        (l1.icount, l1.smp) = (true, 1);
-        l1.run(&timing.iter().collect::<Vec<_>>(), None, |nth, outcome| {
-            instructions.insert(timing[nth].name.clone(), judge(&timing[nth], &outcome));
+    // Where queues are served makes no difference to a start.
+    let on_main = guests.iter().filter(|guest| guest.place == Place::Main);
+    let starts = on_main.flat_map(|guest| {
+        [false, true].map(|trace| job(&guest.name(), toml(guest), &image, "ready", trace))
+    });
+    let starts: Vec<Job> = starts.collect();
+    for job in &starts {
+        // Each in an L1 of its own: after one that was traced, the next may hang with -icount.
+        l1.run(&[job], None, |_, outcome| {
+            let text = |name: &str| histogram(&outcome.text(name));
+            let events: Vec<_> = EVENTS.map(|(name, what)| (what, text(name))).into();
+            if events.iter().any(|(_, lines)| !lines.is_empty()) {
+                details.push((job.name.clone(), events));
+            } else {
+                started.insert(job.name.clone(), judge(job, &outcome));
+            }
         })?;
     }
     let mut rows = Vec::new();
-    for (guest, counts) in guests.iter().zip(outcomes) {
-        let counts = counts?;
-        let clock = instructions.get(&guest.name()).map(|counts| counts.as_ref());
-        let clock = clock.transpose().map_err(String::clone)?;
-        if let Some(clock) = clock {
-            let idle = clock.between("start", "init", "idle-s").unwrap_or(0.);
-            kit::say(&format!("{}: of its clock, L1 was idle for {idle:.2} s", guest.name()));
+    let mut mappings = Vec::new();
+    for guest in &guests {
+        let name = format!("heddle {}", guest.name().trim_end_matches("-poweroff"));
+        let mut row = Row { name, ..Row::default() };
+        if let Some(counts) = started.remove(&guest.name()) {
+            let counts = counts?;
+            let [idle, ns] = ["idle-s", "ns"].map(|what| counts.between("start", "init", what));
+            let idle = idle.unwrap_or(0.);
+            if idle > 0.01 {
+                kit::say(&format!("{}: {idle:.2} of it are L1's waiting", row.name));
+            }
+            row.instructions = ns.map(|ns| ns / 1e9);
+            row.exits = counts.get("ready", "exits");
+            row.returns = counts.get("ready", "host_state_reload");
         }
-        rows.push(Row {
-            name: format!("heddle {}", guest.name().trim_end_matches("-poweroff")),
-            instructions: clock.and_then(|clock| Some(clock.between("start", "init", "ns")? / 1e9)),
-            exits: counts.get("ready", "exits"),
-            returns: counts.get("ready", "host_state_reload"),
-            private_kib: counts.get("idle", "private-kib"),
-            exits_per_read: counts.per_read("exits"),
-            returns_per_read: counts.per_read("host_state_reload"),
-            handled_per_read: counts.per_read("userspace"),
-        });
+        if let Some((counts, smaps)) = served.remove(&guest.name()) {
+            let counts = counts?;
+            row.real_exits = counts.get("ready", "exits");
+            row.real_returns = counts.get("ready", "host_state_reload");
+            row.private_kib = counts.get("idle", "private-kib");
+            row.exits_per_read = counts.per_read("exits");
+            row.returns_per_read = counts.per_read("host_state_reload");
+            row.handled_per_read = counts.per_read("userspace");
+            mappings.push((row.name.clone(), smaps));
+        }
+        rows.push(row);
     }
-    report(with, options, &rows, &details);
+    report(with, options, &rows, &details, &mappings);
     Ok(true)
 }
 
@@ -206,14 +226,22 @@ fn judge(job: &Job, outcome: &Outcome) -> Result<Counts> {
     }
 }
 
-type Details = (String, Vec<(&'static str, Vec<(String, u64)>)>, String);
+type Details = (String, Vec<(&'static str, Vec<(String, u64)>)>);
 
-fn report(with: &With, options: &Measure, rows: &[Row], details: &[Details]) {
+fn report(
+    with: &With,
+    options: &Measure,
+    rows: &[Row],
+    details: &[Details],
+    mappings: &[(String, String)],
+) {
     let values = |row: &Row| {
         [
             row.instructions,
             row.exits,
             row.returns,
+            row.real_exits,
+            row.real_returns,
             row.private_kib,
             row.exits_per_read,
             row.returns_per_read,
@@ -227,13 +255,15 @@ fn report(with: &With, options: &Measure, rows: &[Row], details: &[Details]) {
                 "instructions-1e9": row.instructions,
                 "exits": row.exits,
                 "returns": row.returns,
+                "real-time-exits": row.real_exits,
+                "real-time-returns": row.real_returns,
                 "private-kib": row.private_kib,
                 "exits-per-read": row.exits_per_read,
                 "returns-per-read": row.returns_per_read,
                 "kvm-run-returns-per-read": row.handled_per_read,
             })
         };
-        let histograms = |(name, events, _): &Details| json!({ "name": name, "events": events });
+        let histograms = |(name, events): &Details| json!({ "name": name, "events": events });
         let report = json!({
             "rows": rows.iter().map(row).collect::<Vec<_>>(),
             "histograms": details.iter().map(histograms).collect::<Vec<_>>(),
@@ -241,25 +271,38 @@ fn report(with: &With, options: &Measure, rows: &[Row], details: &[Details]) {
         println!("{report}");
         return;
     }
-    for (name, events, smaps) in details {
+    for (name, events) in details {
         for (what, lines) in events.iter().filter(|(_, lines)| !lines.is_empty()) {
             let all: u64 = lines.iter().map(|(_, count)| count).sum();
             println!("{name} until ready, {what}: {all}");
             lines.iter().take(options.top).for_each(|(key, count)| println!("{count:>9}  {key}"));
         }
+    }
+    for (name, smaps) in mappings {
         println!("{name}, largest private mappings while idle (KiB):");
         smaps.lines().take(options.top).for_each(|line| println!("    {line}"));
     }
     println!(
-        "{:<32} {:>9} {:>8} {:>8} {:>9} {:>10} {:>12} {:>12}",
-        "", "10^9 ins", "exits", "returns", "private", "exits per", "returns per", "KVM_RUN per"
+        "{:<32} {:>9} {:>8} {:>8} {:>8} {:>8} {:>9} {:>10} {:>12} {:>12}",
+        "",
+        "10^9 ins",
+        "exits",
+        "returns",
+        "exits",
+        "returns",
+        "private",
+        "exits per",
+        "returns per",
+        "KVM_RUN per"
     );
     println!(
-        "{:<32} {:>9} {:>8} {:>8} {:>9} {:>10} {:>12} {:>12}",
+        "{:<32} {:>9} {:>8} {:>8} {:>8} {:>8} {:>9} {:>10} {:>12} {:>12}",
         "1 vCPU, 512 MiB",
         "to init",
         "to ready",
         "to ready",
+        "in real",
+        "time",
         "KiB",
         "4 KiB read",
         "4 KiB read",
@@ -267,8 +310,9 @@ fn report(with: &With, options: &Measure, rows: &[Row], details: &[Details]) {
     );
     let print = |name: &str, values: &[Option<f64>]| {
         print!("{name:<32}");
-        let columns = [(9, 2), (8, 0), (8, 0), (9, 0), (10, 2), (12, 2), (12, 2)];
-        for (value, (width, digits)) in values.iter().zip(columns) {
+        let widths = [9, 8, 8, 8, 8, 9, 10, 12, 12];
+        for (nth, (value, width)) in values.iter().zip(widths).enumerate() {
+            let digits = if matches!(nth, 1..=5) { 0 } else { 2 };
             match value {
                 Some(value) => print!(" {value:>width$.digits$}"),
                 None => print!(" {:>width$}", "-"),
@@ -277,8 +321,13 @@ fn report(with: &With, options: &Measure, rows: &[Row], details: &[Details]) {
         println!();
     };
     rows.iter().for_each(|row| print(&row.name, &values(row)));
-    print(TARGET.0, &TARGET.1.map(Some));
-    OTHERS.iter().for_each(|(name, values)| print(name, &values.map(Some)));
+    print(TARGET.0, &TARGET.1);
+    OTHERS.iter().for_each(|(name, [instructions, rest @ ..])| {
+        let in_real_time = rest.iter().copied().map(Some);
+        let values: Vec<_> =
+            [Some(*instructions), None, None].into_iter().chain(in_real_time).collect();
+        print(name, &values);
+    });
 }
 
 #[cfg(test)]

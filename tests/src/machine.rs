@@ -55,6 +55,10 @@ impl Machine {
     pub fn command(&self, args: &[&str]) -> Command {
         need_kvm();
         let mut command = self.heddle("run");
+        // See docs/loop.md.
+        if let Some(seed) = std::env::var_os("HEDDLE_SHUFFLE") {
+            command.args(["--set", &format!("test.shuffle={}", seed.display())]);
+        }
         command.args(args);
         command
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tests::machine::{Machine, Outcome, Running, text, threads, wait_for_thread};
-use tests::payload;
+use tests::payload::{self, port_writes};
 use tests::program::heddle;
 
 /// What the kernel says of a thread.
@@ -371,4 +371,50 @@ fn a_check_of_the_host_finds_what_is_not_permitted_and_counts_it_as_an_error() {
     without_rights(&machine, &["--set", "policy.fallback=error"]).refuses(4, "CAP_SYS_NICE");
     // Who allows it need not hear of it.
     deprived(&mut machine.heddle("check"), &["--host", "--set", "policy.fallback=allow"]).expect(0);
+}
+
+/// A machine whose guest does nothing, with a callback that keeps `io0` busy.
+fn stalled(time: &str, every: &str, more: &str) -> Machine {
+    let toml = format!(
+        "[thread.io0]\n{more}\n[[test.stall]]\nthread = \"io0\"\ntime = \"{time}\"\nevery = \"{every}\"\n"
+    );
+    Machine::booting(&port_writes(&[]), "", &toml)
+}
+
+#[test]
+fn a_callback_that_does_not_end_is_named_while_it_runs() {
+    let machine = stalled("5s", "6s", "");
+    let mut running = machine.start(&["--timeout", "60s"]);
+    running.wait_for("thread io0 has been in a callback of test.stall for ");
+    running.signal(libc::SIGTERM);
+    running.wait();
+}
+
+#[test]
+fn the_longest_callback_of_a_thread_is_reported_with_its_owner() {
+    let machine = stalled("20ms", "50ms", "");
+    let report = machine.run(&["--json", "--timeout", "500ms"]).json();
+    let threads = report["threads"].as_array().unwrap();
+    let io0 = threads.iter().find(|thread| thread["name"] == "io0").unwrap();
+    assert_eq!(io0["longest-callback"]["owner"], "test.stall", "{io0}");
+    assert!(io0["longest-callback"]["ns"].as_u64().unwrap() >= 20_000_000, "{io0}");
+}
+
+#[test]
+fn a_real_time_loop_whose_callback_does_not_pause_is_demoted_and_no_other_thread() {
+    if !real_time_is_permitted() {
+        return;
+    }
+    let sched = "sched = { policy = \"rr\", priority = 3, runaway = \"50ms\" }";
+    let more = format!("{sched}\n[thread.io1]\n{sched}");
+    let machine = stalled("300ms", "400ms", &more);
+    let lost = "thread io0 is no longer rr 3 but other: it ran for 50ms and more without a pause";
+    let mut running = machine.start(&["--json"]);
+    running.wait_for(lost);
+    running.signal(libc::SIGTERM);
+    let outcome = running.wait().expect(143);
+    assert_eq!(outcome.stderr.matches("is no longer").count(), 1, "{}", outcome.stderr);
+    for thread in outcome.json()["threads"].as_array().unwrap() {
+        assert_eq!(thread["demoted"], thread["name"] == "io0", "{thread}");
+    }
 }

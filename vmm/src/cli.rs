@@ -151,6 +151,18 @@ pub enum Bench {
         #[arg(long)]
         json: bool,
     },
+    /// What an event costs, against a bare epoll loop; how much a loop can take; who delays whom
+    ///
+    /// Every ratio comes from pairs of measurements taken in turn on this machine, and a verdict
+    /// is given only where the 95% interval of the ratio allows one. Takes about half a minute.
+    Loop {
+        /// How many pairs of measurements each ratio is made of
+        #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(15..=500))]
+        pairs: u32,
+        /// For programs
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 fn templates() -> PossibleValuesParser {

@@ -20,7 +20,9 @@ use devices::legacy::{PowerPorts, Serial};
 use crate::demotions::Demotions;
 use crate::ending::{End, Ending};
 use crate::machine::{HostError, Machine};
-use crate::terminal::{self, Signals, output};
+use crate::resources::Resources;
+use crate::terminal::{Signals, output, say};
+use crate::watchdog::Watchdog;
 
 /// Bytes moved at a time: a pipe that is writable takes this many without blocking.
 const CHUNK: usize = 4096;
@@ -208,14 +210,15 @@ impl Input {
 pub struct Supervisor {
     /// The ports.
     pub lines: Vec<Line>,
-    /// The real-time threads that may lose their priority.
-    pub demotions: Demotions,
     signals: Signals,
     ending: Ending,
     power_button: Option<Arc<PowerPorts>>,
     input: Input,
     interactive: bool,
     deadline: Option<Instant>,
+    watchdog: Watchdog,
+    /// The real-time threads that may lose their priority.
+    demotions: Demotions,
 }
 
 impl Supervisor {
@@ -232,12 +235,25 @@ impl Supervisor {
         let input = Input { open, escaped: false, pending: VecDeque::new() };
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         let ending = ending.clone();
-        let demotions = Demotions::default();
-        Self { lines, demotions, signals, ending, power_button: None, input, interactive, deadline }
+        let (demotions, watchdog) = (Demotions::default(), Watchdog::default());
+        Self {
+            lines,
+            demotions,
+            signals,
+            ending,
+            power_button: None,
+            input,
+            interactive,
+            deadline,
+            watchdog,
+        }
     }
 
-    /// Takes on the ports and the power button of a machine, its first or the next one.
-    pub fn connect(&mut self, machine: &Machine) {
+    /// Takes on the ports, the power button and the threads of a machine, its first or the next one.
+    pub fn connect(&mut self, machine: &Machine, resources: &Resources) {
+        let threads = || resources.threads().chain(machine.threads());
+        self.watchdog.watch(resources.loop_handles(), threads(), &self.ending);
+        self.demotions.watch(threads());
         for (line, port) in self.lines.iter_mut().zip(&machine.serials) {
             line.port = Some(Arc::clone(port));
         }
@@ -247,17 +263,21 @@ impl Supervisor {
     /// Returns when the machine has ended, or after the timeout.
     pub fn wait(&mut self) -> End {
         loop {
-            self.demotions
-                .news()
-                .iter()
-                .for_each(|news| terminal::say(&format!("heddle: {news}\n")));
+            for news in self.demotions.news() {
+                say(&format!("heddle: {news}\n"));
+            }
             if let Some(end) = self.ending.get() {
                 return end;
             }
-            let left = self.deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            let now = Instant::now();
+            let left = self.deadline.map(|at| at.saturating_duration_since(now));
             if left.is_some_and(|left| left.is_zero()) {
                 return End::Timeout;
             }
+            for complaint in self.watchdog.look(now) {
+                say(&format!("heddle: {complaint}\n"));
+            }
+            let left = [left, self.watchdog.wait(now)].into_iter().flatten().min();
             if let Some(end) = self.turn(left) {
                 return end;
             }

@@ -4,7 +4,7 @@ use std::io::Write;
 
 use config::Loaded;
 use config::plan::Plan;
-use iothread::Granted;
+use iothread::{Granted, Spell};
 use serde_json::{Value, json};
 
 use crate::cli::Run;
@@ -99,6 +99,9 @@ impl Report {
                 "sched": granted.sched.to_string(),
                 "demoted": demoted(granted),
                 "counters": counters,
+                "longest-callback": spell(thread.counters.activity.longest()),
+                "latest-timer": spell(thread.counters.activity.latest_timer()),
+                "spinning": thread.counters.activity.spinning(),
             })
         });
         let prealloc = self.prealloc.iter().map(
@@ -143,6 +146,10 @@ fn demoted(granted: &Granted) -> bool {
     granted.guard.as_ref().is_some_and(|guard| guard.demoted())
 }
 
+fn spell(spell: Option<Spell>) -> Value {
+    spell.map_or(Value::Null, |it| json!({ "owner": it.owner, "ns": it.time.as_nanos() as u64 }))
+}
+
 /// The counters that tell where work was done, one line per thread.
 fn stats(threads: &[ThreadInfo]) -> String {
     const COLUMNS: [&str; 9] = [
@@ -170,6 +177,16 @@ fn stats(threads: &[ThreadInfo]) -> String {
             text += &format!("  lost {}", thread.granted.sched);
         }
         text.push('\n');
+    }
+    for thread in threads {
+        let (name, activity) = (&thread.granted.name, &thread.counters.activity);
+        if let Some(Spell { owner, time }) = activity.longest() {
+            text += &format!("{name:<16} longest callback {time:>10.1?} of {owner}");
+            if let Some(Spell { owner, time }) = activity.latest_timer() {
+                text += &format!(", latest timer {time:.1?} late, held up by {owner}");
+            }
+            text.push('\n');
+        }
     }
     text
 }

@@ -12,9 +12,12 @@ use std::time::Duration;
 use config::CpuSet;
 use config::plan::{self, Disk, DiskSource, Plan};
 use devices::block::raw::{Engine, Options, RawImage};
-use iothread::{Blocking, Granted, LoopHandle, PollPolicy, Ring, Sched, Thread, ThreadSpec};
+use iothread::{
+    Blocking, Granted, LoopHandle, LoopPolicy, PollPolicy, Ring, Sched, Thread, ThreadSpec,
+};
 
 use crate::machine::{HostError, ThreadInfo};
+use crate::stall::Stall;
 use crate::verdict;
 
 /// A wish of the file that this host did not grant, and what there is instead.
@@ -33,6 +36,7 @@ pub struct Resources {
     pub fallbacks: Vec<Fallback>,
     pub(crate) loops: Vec<(LoopHandle, Thread)>,
     pub(crate) images: Vec<Arc<RawImage>>,
+    stalls: Vec<Stall>,
 }
 
 impl Resources {
@@ -41,6 +45,9 @@ impl Resources {
         let mut resources = Self::default();
         resources.spawn_loops(plan)?;
         resources.open_images(plan)?;
+        let stalls = plan.test.stalls.iter();
+        let home = |stall: &plan::Stall| &resources.loops[stall.thread.0].0;
+        resources.stalls = stalls.map(|it| Stall::new(home(it), it.time, it.every)).collect();
         Ok(resources)
     }
 
@@ -64,6 +71,11 @@ impl Resources {
         })
     }
 
+    /// The loops.
+    pub fn loop_handles(&self) -> impl Iterator<Item = LoopHandle> {
+        self.loops.iter().map(|(handle, _)| handle.clone())
+    }
+
     /// Waits until the loops have let go of a machine that was dropped just before.
     pub(crate) fn let_go(&self, blocking: &Blocking) {
         let barriers: Vec<_> = self.loops.iter().map(|(handle, _)| handle.barrier()).collect();
@@ -75,6 +87,7 @@ impl Resources {
 
     /// Ends the loops' threads. No machine may use them any more.
     pub fn release(self) -> Result<(), String> {
+        drop(self.stalls);
         self.loops.into_iter().try_for_each(|(handle, thread)| {
             handle.stop();
             join(thread)
@@ -94,9 +107,10 @@ impl Resources {
                 shrink: thread.poll.shrink,
                 share: thread.poll.share,
             };
+            let policy = LoopPolicy { poll, shuffle: plan.test.shuffle };
             let whose = format!("thread.{}", thread.name);
             let (handle, thread) =
-                iothread::spawn_loop(spec, poll).map_err(|e| HostError::new(&whose, e))?;
+                iothread::spawn_loop(spec, policy).map_err(|e| HostError::new(&whose, e))?;
             self.fallbacks.extend(refusals(&whose, &thread.granted));
             self.loops.push((handle, thread));
         }

@@ -97,8 +97,7 @@ impl<'a> Session<'a> {
         end_on_panic(ending.clone());
         let mut resets = 0;
         let (end, threads, prealloc, stopped) = loop {
-            supervisor.connect(&machine);
-            supervisor.demotions.watch(resources.threads().chain(machine.threads()));
+            supervisor.connect(&machine, &resources);
             machine.start();
             let end = supervisor.wait();
             let threads = resources.threads().chain(machine.threads()).collect();

@@ -84,7 +84,11 @@ pub(super) fn placement(value: &Value<'_>, threads: &[Thread]) -> Option<Placeme
 }
 
 /// The event loop that `value` names; `also` is what else may stand there.
-fn thread(value: &Value<'_>, threads: &[Thread], also: Option<&str>) -> Option<ThreadId> {
+pub(super) fn thread(
+    value: &Value<'_>,
+    threads: &[Thread],
+    also: Option<&str>,
+) -> Option<ThreadId> {
     let name = value.text()?;
     let found = threads.iter().position(|thread| thread.name == name);
     if found.is_none() {

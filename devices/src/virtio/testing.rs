@@ -12,7 +12,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-use iothread::{Cx, ExitCx, LoopHandle, PollPolicy, Port, Thread, ThreadSpec, VcpuLoop};
+use iothread::{
+    Cx, ExitCx, LoopHandle, LoopPolicy, PollPolicy, Port, Thread, ThreadSpec, VcpuLoop,
+};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 pub use dice::Dice;
@@ -45,6 +47,12 @@ pub fn memory(bytes: usize) -> Mem {
     Arc::new(GuestMemoryMmap::from_ranges(&regions).expect("memory for a test"))
 }
 
+/// The seed in `HEDDLE_SHUFFLE`: with one, loops draw lots for the order of all that has none by
+/// promise.
+pub fn shuffle() -> Option<u64> {
+    std::env::var("HEDDLE_SHUFFLE").ok().map(|seed| seed.parse().expect("HEDDLE_SHUFFLE: a number"))
+}
+
 /// A loop on a thread of its own; ends when dropped.
 #[derive(Debug)]
 pub struct TestLoop {
@@ -57,7 +65,8 @@ impl TestLoop {
     /// Starts it.
     pub fn new(name: &str, poll: PollPolicy) -> Self {
         let spec = ThreadSpec::new(name);
-        let (handle, thread) = iothread::spawn_loop(spec, poll).expect("a loop for a test");
+        let policy = LoopPolicy { poll, shuffle: shuffle() };
+        let (handle, thread) = iothread::spawn_loop(spec, policy).expect("a loop for a test");
         Self { handle, thread: Some(thread) }
     }
 }

@@ -46,5 +46,9 @@ impl Readiness {
         self.bell.as_ref().expect("EventLoop::new has it watched").wait();
     }
 
-    pub(crate) fn take_ready(&mut self, _: &mut Vec<Arc<Watched>>) {}
+    pub(crate) fn take_ready(&mut self, _: &mut Vec<u32>) {}
+
+    pub(crate) fn watched(&self, _: u32) -> Option<&Watched> {
+        None
+    }
 }

@@ -1,13 +1,21 @@
 //! The bytes of a kernel or module, read in parts; what is missing is told by the field's name.
 
 use std::fs::File;
-use std::io::{Seek, SeekFrom};
+use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::bitmap::BitmapSlice;
+use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
+    VolatileMemory, VolatileSlice,
+};
 
 use super::{BootError, Source};
+
+/// What is zero is found, and left out, in these units.
+const PAGE: u64 = 4096;
 
 /// A kernel or module that can be read.
 #[derive(Debug)]
@@ -116,11 +124,15 @@ impl<'a> Image<'a> {
     pub(super) fn copy(&self, piece: Piece, memory: &GuestMemoryMmap) -> Result<(), BootError> {
         let (at, len) = (GuestAddress(piece.at), piece.len as usize);
         let copied = match &self.content {
-            Content::File(file) => {
-                let mut file = file;
-                file.seek(SeekFrom::Start(piece.offset)).or_else(|error| self.fail(error))?;
-                memory.read_exact_volatile_from(at, &mut file, len)
-            }
+            Content::File(file) => match map(file, piece) {
+                Ok(bytes) => copy_but_zeros(&bytes, piece, memory),
+                // Some file systems cannot map.
+                Err(_) => {
+                    let mut file = file;
+                    file.seek(SeekFrom::Start(piece.offset)).or_else(|error| self.fail(error))?;
+                    memory.read_exact_volatile_from(at, &mut file, len)
+                }
+            },
             Content::Bytes(all) => {
                 let from = piece.offset as usize;
                 memory.write_slice(&all[from..from + len], at)
@@ -128,6 +140,58 @@ impl<'a> Image<'a> {
         };
         copied.or_else(|error| self.fail(format!("copying {}: {error}", count(piece.len))))
     }
+}
+
+/// Maps a piece of a file, from the page it begins in.
+fn map(file: &File, piece: Piece) -> io::Result<MmapRegion> {
+    let skip = piece.offset % PAGE;
+    if file.metadata()?.len() < piece.offset + piece.len {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    MmapRegionBuilder::new((skip + piece.len) as usize)
+        .with_file_offset(FileOffset::new(file.try_clone()?, piece.offset - skip))
+        .with_mmap_prot(libc::PROT_READ)
+        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_POPULATE)
+        .build()
+        .map_err(io::Error::other)
+}
+
+/// Copies what [`map`] has mapped, but for pages of zeros: a third of a Linux ELF is `.bss` and room
+/// for page tables, and guest memory that nobody touches costs nothing.
+fn copy_but_zeros(
+    mapped: &MmapRegion,
+    piece: Piece,
+    memory: &GuestMemoryMmap,
+) -> Result<(), GuestMemoryError> {
+    let bytes = mapped.as_volatile_slice().offset((piece.offset % PAGE) as usize)?;
+    let copy = |from: usize, to: usize| {
+        let there = memory.get_slice(GuestAddress(piece.at + from as u64), to - from)?;
+        bytes.subslice(from, to - from)?.copy_to_volatile_slice(there);
+        Ok::<_, GuestMemoryError>(())
+    };
+    let (mut begin, mut at, len) = (0, 0, piece.len as usize);
+    while at < len {
+        // To the end of the guest's page.
+        let room = (PAGE - (piece.at + at as u64) % PAGE) as usize;
+        let end = len.min(at + room);
+        if is_zero(&bytes.subslice(at, end - at)?)? {
+            if begin < at {
+                copy(begin, at)?;
+            }
+            begin = end;
+        }
+        at = end;
+    }
+    if begin < len { copy(begin, len) } else { Ok(()) }
+}
+
+/// Is all of it zero, as far as it consists of whole groups of words? The rest counts as not zero.
+fn is_zero<B: BitmapSlice>(bytes: &VolatileSlice<'_, B>) -> Result<bool, GuestMemoryError> {
+    const GROUP: usize = 8;
+    let words = bytes.get_array_ref::<u64>(0, bytes.len() / 8)?;
+    let group = |nth: usize| (0..GROUP).fold(0, |all, word| all | words.load(nth + word));
+    let whole = bytes.len().is_multiple_of(8 * GROUP);
+    Ok(whole && (0..words.len()).step_by(GROUP).all(|nth| group(nth) == 0))
 }
 
 /// `1,234 bytes`.
@@ -160,7 +224,59 @@ pub(super) fn long(bytes: &[u8], at: usize) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+    use std::os::unix::fs::MetadataExt;
+
+    use vm_memory::GuestMemoryRegion;
+
     use super::*;
+    use crate::memory::{self, Backing};
+
+    /// Copies `bytes` from a file to the same place modulo the page, wherever they begin there.
+    /// Gives what guest memory has from 1 MiB on, and the KiB of it that are in use.
+    fn through_a_file(bytes: &[u8], offset: u64, at: u64) -> (Vec<u8>, u64) {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&vec![0xee; offset as usize]).unwrap();
+        file.write_all(bytes).unwrap();
+        let image = Image::open(Source::File(file.path())).unwrap();
+        let memory = memory::allocate(32 << 20, Backing::Shared).unwrap();
+        let len = bytes.len() as u64;
+        image.copy(Piece { offset, len, at: (1 << 20) + at, room: len }, &memory).unwrap();
+        let memfd = memory.iter().next().unwrap().file_offset().unwrap();
+        let used = memfd.file().metadata().unwrap().blocks() / 2;
+        let mut copied = vec![0; bytes.len()];
+        memory.read_slice(&mut copied, GuestAddress((1 << 20) + at)).unwrap();
+        (copied, used)
+    }
+
+    #[test]
+    fn pages_of_zeros_are_not_touched_and_all_else_is_there() {
+        let mut bytes = vec![0u8; 12 << 20];
+        let end = bytes.len();
+        bytes[0] = 1;
+        bytes[4095] = 2;
+        bytes[5000] = 3;
+        bytes[end - 1] = 4;
+        for (offset, at) in [(0, 0), (0x234, 0x234), (0x234, 0), (1, 8), (8192, 4088)] {
+            for bytes in [&bytes[..], &bytes[1..], &bytes[..end - 1], &bytes[..5], &[]] {
+                let (copied, used) = through_a_file(bytes, offset, at);
+                assert!(copied == bytes, "{} bytes of {offset:#x} at {at:#x}", bytes.len());
+                // With huge pages: one at each end.
+                assert!(used <= 2 * 2048 + 8, "{used} KiB");
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_that_got_shorter_is_told() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(8192).unwrap();
+        let image = Image::open(Source::File(file.path())).unwrap();
+        let memory = memory::allocate(4 << 20, Backing::Private).unwrap();
+        file.as_file().set_len(4096).unwrap();
+        let piece = Piece { offset: 0, len: 8192, at: 1 << 20, room: 8192 };
+        assert!(image.copy(piece, &memory).unwrap_err().to_string().contains("8,192 bytes"));
+    }
 
     #[test]
     fn counts_are_grouped() {

@@ -1,4 +1,4 @@
-//! `heddle bench`: measurements that a person starts.
+//! `heddle bench start`: start-up time and private memory.
 
 use std::ffi::OsStr;
 use std::io::Write;
@@ -7,24 +7,8 @@ use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::cli::Bench;
-
-const INTERNAL: u8 = 1;
-
-/// Carries out `heddle bench` and gives the exit code.
-pub fn bench(what: &Bench) -> u8 {
-    let Bench::Start { runs, json } = what;
-    match start(*runs, *json) {
-        Ok(()) => 0,
-        Err(why) => {
-            eprintln!("heddle: bench: {why}");
-            INTERNAL
-        }
-    }
-}
-
 /// Starts a one-vCPU machine again and again, each time in a process of its own.
-fn start(runs: u32, as_json: bool) -> Result<(), String> {
+pub(super) fn start(runs: u32, as_json: bool) -> Result<(), String> {
     let machine = "[machine]\nmemory = \"256M\"\ncpus = 1\n[disk.scratch]\nsize = \"8M\"\n";
     let file = MachineFile::write(machine)?;
     let heddle = std::env::current_exe().map_err(|error| error.to_string())?;
@@ -56,7 +40,7 @@ fn start(runs: u32, as_json: bool) -> Result<(), String> {
         let effective = Value::String(machine.to_owned());
         let result = json!({ "runs": runs, "machine": effective,
             "start-ms": named(time), "private-kib": named(memory) });
-        println!("{result:#}");
+        super::print_json(&result);
     } else {
         println!("{} starts of a one-vCPU machine, heddle's own part", results.len());
         println!("{:<18} {:>10} {:>10} {:>10}", "", "min", "median", "max");
