@@ -83,7 +83,7 @@ pub use runaway::{Guard, ring_on_demotion};
 pub use source::{FdSource, Poller, Trigger};
 pub use strand::{Event, Progress, Strand};
 pub use thread::{
-    Granted, Refused, Sched, Starting, Thread, ThreadSpec, available_cpus, raise_file_limit,
-    reserve_files, spawn, spawn_loop, start_thread,
+    Granted, Refused, Sched, Starting, Thread, ThreadSpec, available_cpus, elsewhere,
+    raise_file_limit, reserve_files, spawn, spawn_loop, start_thread,
 };
 pub use timer::Timer;

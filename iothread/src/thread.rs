@@ -208,6 +208,18 @@ pub fn spawn_loop(
     Ok((handle, thread))
 }
 
+/// Runs `f` on these CPUs, if they may be had, and comes back to those the calling thread had.
+/// Threads that the kernel makes meanwhile on behalf of this one stay there.
+pub fn elsewhere<R>(cpus: &[usize], f: impl FnOnce() -> R) -> R {
+    let own = affinity().ok().filter(|_| set_affinity(cpus).is_ok());
+    let result = f();
+    if let Some(own) = own {
+        // It had them just before.
+        let _ = set_affinity(&own);
+    }
+    result
+}
+
 /// The CPUs the process was started with.
 pub fn available_cpus() -> &'static [usize] {
     static CPUS: OnceLock<Vec<usize>> = OnceLock::new();
@@ -432,6 +444,18 @@ mod tests {
         .unwrap();
         assert_eq!(receiver.recv().unwrap(), available_cpus());
         outer.join().unwrap();
+    }
+
+    #[test]
+    fn a_thread_that_was_elsewhere_comes_back() {
+        let (first, last) = (available_cpus()[0], *available_cpus().last().unwrap());
+        let thread = spawn(spec(Some(vec![first]), Sched::Other(0)), move || {
+            assert_eq!(elsewhere(&[last], || affinity().unwrap()), [last]);
+            assert_eq!(affinity().unwrap(), [first]);
+            assert_eq!(elsewhere(&[8191], || affinity().unwrap()), [first], "it has no other");
+            assert_eq!(affinity().unwrap(), [first]);
+        });
+        thread.unwrap().join().unwrap();
     }
 
     #[test]

@@ -289,18 +289,21 @@ fn a_vcpu_may_compute_for_as_long_as_it_likes_unless_the_file_says_otherwise() {
     if !real_time_is_permitted() {
         return;
     }
-    let (_machine, running, vcpu) = spinning("", &[]);
+    let (first, last, _) = host_cpus();
+    let (_machine, running, vcpu) = spinning("", &["--set", &format!("vcpu.affinity={last}")]);
     let began = Instant::now();
     while cpu_time(running.pid(), vcpu) < Duration::from_millis(600) {
         assert!(began.elapsed() < Duration::from_secs(60), "it does not run");
         std::thread::yield_now();
     }
     assert_eq!(seen(running.pid(), vcpu).policy, libc::SCHED_FIFO);
+    assert_eq!(seen(running.pid(), vcpu).cpus, last);
     // KVM makes threads of its own on behalf of the first vCPU; they do not take after it.
-    for (id, name) in
-        threads(running.pid()).into_iter().filter(|(_, name)| name.starts_with("kvm-"))
-    {
-        assert_eq!(seen(running.pid(), id).policy, libc::SCHED_OTHER, "{name}");
+    let all = threads(running.pid()).into_iter();
+    for (id, name) in all.filter(|(_, name)| name.starts_with("kvm-")) {
+        let Seen { cpus, policy, nice } = seen(running.pid(), id);
+        assert_eq!((policy, nice), (libc::SCHED_OTHER, 0), "{name}");
+        assert_eq!(cpus == last, first == last, "{name} is on {cpus}");
     }
     running.signal(libc::SIGTERM);
     let outcome = running.wait().expect(143);

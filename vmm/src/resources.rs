@@ -185,9 +185,9 @@ pub(crate) fn sched(sched: plan::Sched) -> (Sched, Option<Duration>) {
     }
 }
 
-/// Where the workers of a loop's ring may run: on the CPUs of the loop, but not where a vCPU is
-/// pinned, unless the loop has no others.
-fn worker_cpus(of_loop: Option<&[usize]>, vcpus: &[plan::Vcpu]) -> Vec<usize> {
+/// Where threads that the kernel makes for a loop may run: on the CPUs of the loop, or on all if it
+/// is none that asks for some; but not where a vCPU is pinned, unless there are no others.
+pub(crate) fn worker_cpus(of_loop: Option<&[usize]>, vcpus: &[plan::Vcpu]) -> Vec<usize> {
     let pins = vcpus.iter().filter_map(|vcpu| vcpu.cpus.as_ref());
     let pinned: CpuSet = pins.flat_map(CpuSet::iter).collect();
     let all = of_loop.unwrap_or_else(|| iothread::available_cpus());
