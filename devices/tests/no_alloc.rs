@@ -120,7 +120,7 @@ fn each_case(test: impl Fn(Case)) {
 fn allocations(case: Case, device: impl VirtioDevice, chain: fn(&Mem, u64) -> Vec<Buffer>) -> u64 {
     let watch: &'static Watch = Box::leak(Box::default());
     let home =
-        TestLoop::new("io0", if case.polls { PollPolicy::default() } else { PollPolicy::OFF });
+        TestLoop::in_order("io0", if case.polls { PollPolicy::default() } else { PollPolicy::OFF });
     let handle = home.handle.clone();
     std::thread::spawn(move || {
         let blocking = Blocking::on_this_thread().unwrap();

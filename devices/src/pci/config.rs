@@ -7,9 +7,9 @@
 
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 
-/// Registers of 4 bytes in the space. No function here has the capability of PCI Express, so it ends
-/// here; behind it is nothing, which reads all ones. (An empty list of extended capabilities would
-/// be 0, PCI Express 3.0 §7.9.1; Linux takes that for 4 KiB of space and looks for more.)
+/// Registers of 4 bytes in the space of PCI. With the capability of PCI Express a function has more
+/// behind it, and an empty list of extended capabilities there, which is 0 (PCI Express 3.0 §7.9.1);
+/// without, there is nothing, which reads all ones, and Linux looks no further.
 pub const REGISTERS: usize = 64;
 
 /// Registers, by their number.
@@ -30,6 +30,9 @@ const INTERRUPT_DISABLE: u32 = 1 << 10;
 /// STATUS, PCI 3.0 §6.2.3, in the upper half of the register.
 pub(super) const INTERRUPT_STATUS: u32 = 1 << (16 + 3);
 const HAS_CAPABILITIES: u32 = 1 << (16 + 4);
+
+/// The capability of PCI Express (PCI Express 3.0 §7.8.1).
+const EXPRESS: u8 = 0x10;
 
 /// The capability with a bridge's subsystem ids (PCI 3.0 appendix H).
 const SUBSYSTEM_IDS: u8 = 0x0d;
@@ -64,6 +67,7 @@ pub struct Config {
     /// Where the next capability goes, and where the link to it is.
     end: usize,
     link: usize,
+    is_express: bool,
 }
 
 impl Config {
@@ -94,6 +98,7 @@ impl Config {
             writable: [0; REGISTERS],
             end: FIRST_CAPABILITY,
             link: CAPABILITIES * 4,
+            is_express: false,
         };
         config.set(ID, pair(ids.vendor, ids.device));
         config.set(CLASS, ids.class << 8 | u32::from(ids.revision));
@@ -154,6 +159,7 @@ impl Config {
         let end = (start + 2 + body.len()).next_multiple_of(4);
         assert!(end <= REGISTERS * 4, "configuration space is full");
         self.set_byte(start, id);
+        self.is_express |= id == EXPRESS;
         body.iter().enumerate().for_each(|(at, &byte)| self.set_byte(start + 2 + at, byte));
         for (at, &bits) in writable.iter().enumerate() {
             let at = start + 2 + at;
@@ -165,9 +171,10 @@ impl Config {
         (start / 4) as u16
     }
 
-    /// Reads a register; those behind the space are all ones.
+    /// Reads a register; see [`REGISTERS`] for those behind the space.
     pub fn read(&self, register: u16) -> u32 {
-        self.values.get(usize::from(register)).map_or(u32::MAX, |value| value.load(SeqCst))
+        let behind = if self.is_express { 0 } else { u32::MAX };
+        self.values.get(usize::from(register)).map_or(behind, |value| value.load(SeqCst))
     }
 
     /// Writes the bits of a register that are in `lanes` and may be written.

@@ -64,8 +64,16 @@ pub struct TestLoop {
 impl TestLoop {
     /// Starts it.
     pub fn new(name: &str, poll: PollPolicy) -> Self {
+        Self::with(name, LoopPolicy { poll, shuffle: shuffle() })
+    }
+
+    /// Starts it; it draws no lots, which costs allocations.
+    pub fn in_order(name: &str, poll: PollPolicy) -> Self {
+        Self::with(name, poll.into())
+    }
+
+    fn with(name: &str, policy: LoopPolicy) -> Self {
         let spec = ThreadSpec::new(name);
-        let policy = LoopPolicy { poll, shuffle: shuffle() };
         let (handle, thread) = iothread::spawn_loop(spec, policy).expect("a loop for a test");
         Self { handle, thread: Some(thread) }
     }
