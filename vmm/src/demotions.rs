@@ -7,9 +7,13 @@ use iothread::{Granted, Guard};
 use crate::ending::Ending;
 use crate::machine::ThreadInfo;
 
-/// The guarded threads whose loss has not been said yet.
+/// The guarded threads of a machine.
 #[derive(Debug, Default)]
-pub struct Demotions(Vec<(Granted, Arc<Guard>)>);
+pub struct Demotions {
+    watched: Vec<(Granted, Arc<Guard>)>,
+    /// Those whose loss has been said, also of machines before a reset: loops outlive it.
+    said: Vec<Arc<Guard>>,
+}
 
 impl Demotions {
     /// From now on every demotion in this process wakes who waits at `ending`.
@@ -20,16 +24,23 @@ impl Demotions {
         ending.bell().map(iothread::ring_on_demotion)
     }
 
-    /// Watches these threads and no others.
+    /// Watches these threads and no others. One may have lost its priority already, while the
+    /// machine was being made.
     pub fn watch(&mut self, threads: impl Iterator<Item = ThreadInfo>) {
         let guarded = |ThreadInfo { granted, .. }| Some((granted.clone(), granted.guard?));
-        self.0 = threads.filter_map(guarded).filter(|(_, guard)| !guard.demoted()).collect();
+        self.watched = threads.filter_map(guarded).collect();
+        self.watched.retain(|(_, guard)| !self.said.iter().any(|said| Arc::ptr_eq(said, guard)));
     }
 
     /// What there is to say of those that lost their priority since the last call.
     pub fn news(&mut self) -> Vec<String> {
-        let lost = self.0.extract_if(.., |(_, guard)| guard.demoted());
-        lost.map(|(granted, guard)| sentence(&granted, &guard)).collect()
+        let lost = self.watched.extract_if(.., |(_, guard)| guard.demoted());
+        let say = |(granted, guard): (Granted, Arc<Guard>)| {
+            let sentence = sentence(&granted, &guard);
+            self.said.push(guard);
+            sentence
+        };
+        lost.map(say).collect()
     }
 }
 
@@ -41,4 +52,41 @@ fn sentence(granted: &Granted, guard: &Guard) -> String {
         "thread {name} is no longer {sched} but other: it ran for {limit:?} and more without a \
          pause. Give it less to do, or sched.runaway = \"off\" if its CPUs are its own"
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use iothread::{Counters, Sched, ThreadSpec, spawn};
+
+    use super::*;
+
+    #[test]
+    fn a_loss_before_anybody_looked_is_said_and_once() {
+        let sched = Sched::Fifo(1);
+        let runaway = Some(Duration::from_millis(10));
+        let spec = ThreadSpec { sched, runaway, ..ThreadSpec::new("spins") };
+        let (sender, receiver) = std::sync::mpsc::channel::<Option<Arc<Guard>>>();
+        let thread = spawn(spec, move || {
+            if let Ok(Some(guard)) = receiver.recv() {
+                while !guard.demoted() {}
+            }
+        })
+        .unwrap();
+        let granted = thread.granted.clone();
+        sender.send(granted.guard.clone()).unwrap();
+        thread.join().unwrap();
+        if granted.guard.is_none() {
+            return; // real-time policies are not permitted here
+        }
+        let info = ThreadInfo { granted, counters: Arc::new(Counters::default()) };
+        let mut demotions = Demotions::default();
+        demotions.watch(std::iter::once(info.clone()));
+        let news = demotions.news();
+        assert!(news[0].starts_with("thread spins is no longer fifo 1 but other: "), "{news:?}");
+        assert_eq!(demotions.news(), [""; 0]);
+        demotions.watch(std::iter::once(info)); // after a reset
+        assert_eq!(demotions.news(), [""; 0]);
+    }
 }
