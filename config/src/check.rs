@@ -38,7 +38,7 @@ pub fn check_host(plan: &Plan, host: &Host) -> Vec<Problem> {
         problems.push(Problem::error("H04", message, "raise it: ulimit -Hn, or limits.conf"));
     }
     for problem in explanation.warnings {
-        let lacking = matches!(problem.code, "W07" | "W08" | "W10" | "W11" | "W20" | "W21");
+        let lacking = matches!(problem.code, "W07" | "W08" | "W09" | "W10" | "W11" | "W20" | "W21");
         let severity = if lacking { Severity::Error } else { problem.severity };
         problems.push(Problem { severity, ..problem });
     }

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 use std::path::Path;
+use std::time::Duration;
 
 use crate::cpuset::CpuSet;
 use crate::plan::{
@@ -228,9 +229,14 @@ fn sched(sched: Sched) -> String {
         Sched::Other { nice } => format!("{{ policy = \"other\", nice = {nice} }}"),
         Sched::Batch { nice } => format!("{{ policy = \"batch\", nice = {nice} }}"),
         Sched::Idle => "{ policy = \"idle\" }".to_owned(),
-        Sched::Fifo { priority } => format!("{{ policy = \"fifo\", priority = {priority} }}"),
-        Sched::Rr { priority } => format!("{{ policy = \"rr\", priority = {priority} }}"),
+        Sched::Fifo { priority, runaway } => real_time("fifo", priority, runaway),
+        Sched::Rr { priority, runaway } => real_time("rr", priority, runaway),
     }
+}
+
+fn real_time(policy: &str, priority: u8, runaway: Option<Duration>) -> String {
+    let runaway = runaway.map_or("off".to_owned(), format_time);
+    format!("{{ policy = \"{policy}\", priority = {priority}, runaway = \"{runaway}\" }}")
 }
 
 fn quote(text: &str) -> String {

@@ -146,7 +146,7 @@ pub fn explain(plan: &Plan, host: &Host) -> Explanation {
             policy: policy(thread.sched),
             poll: poll(thread.poll),
             queues: work.served(Placement::Loop(id)),
-            reasons: reasons(&work, id),
+            reasons: reasons(&work, id).into_iter().chain(guard(thread.sched)).collect(),
             fds: LOOP_FDS
                 + work.queues(|queue| queue.place == Placement::Loop(id))
                 + RING_FDS * u64::from(work.needs_ring(id)),
@@ -159,6 +159,7 @@ pub fn explain(plan: &Plan, host: &Host) -> Explanation {
         if !here.is_empty() {
             reasons.push(format!("serves {} when this vCPU submits", here.join(", ")));
         }
+        reasons.extend(guard(vcpu.sched));
         threads.push(ThreadReport {
             name: format!("vcpu{index}"),
             role: Role::Vcpu,
@@ -232,6 +233,7 @@ impl Explanation {
         json["totals"] = serde_json::json!({
             "threads": self.lasting() as u64 * vms,
             "vcpus": self.count(Role::Vcpu) as u64 * vms,
+            "kernel-workers": self.workers() * vms,
             "fds": self.fds() * vms,
             "memory": u128::from(self.memory) * u128::from(vms),
         });
@@ -241,6 +243,11 @@ impl Explanation {
     /// File descriptors of one machine.
     pub fn fds(&self) -> u64 {
         self.threads.iter().map(|thread| thread.fds).sum()
+    }
+
+    /// Threads that the kernel may make for its rings, beside those of the machine.
+    pub fn workers(&self) -> u64 {
+        self.threads.iter().map(|thread| thread.rings * WORKERS_OF_A_RING).sum()
     }
 
     /// Threads that are there while the guest runs.
@@ -257,6 +264,8 @@ impl Explanation {
 const LOOP_FDS: u64 = 3;
 /// The io_uring, and the eventfd that tells of its completions.
 const RING_FDS: u64 = 2;
+/// The most threads that the kernel makes for an io_uring (`iou-wrk-*`), for what would block.
+pub const WORKERS_OF_A_RING: u64 = 8;
 /// stdio and a copy of it, the machine, memory, signals, the end, and some in passing.
 const PROCESS_FDS: u64 = 16;
 
@@ -362,8 +371,21 @@ fn policy(sched: Sched) -> String {
         Sched::Other { nice: n } => nice("other", n),
         Sched::Batch { nice: n } => nice("batch", n),
         Sched::Idle => "idle".to_owned(),
-        Sched::Fifo { priority } => format!("fifo {priority}"),
-        Sched::Rr { priority } => format!("rr {priority}"),
+        Sched::Fifo { priority, .. } => format!("fifo {priority}"),
+        Sched::Rr { priority, .. } => format!("rr {priority}"),
+    }
+}
+
+/// What keeps a real-time thread from taking its CPU for good.
+fn guard(sched: Sched) -> Option<String> {
+    match sched {
+        Sched::Fifo { runaway, .. } | Sched::Rr { runaway, .. } => Some(match runaway {
+            Some(time) => {
+                format!("becomes other after {} of CPU time without a pause", format_time(time))
+            }
+            None => "keeps its priority even if it never pauses".to_owned(),
+        }),
+        _ => None,
     }
 }
 

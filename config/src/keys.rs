@@ -258,6 +258,12 @@ static SCHED: Table = table(&[
     ),
     key("nice", Int(-20, 19), Says("0"), "Of other and batch: -20 runs first, 19 last."),
     key("priority", Int(1, 99), Absent, "Of fifo and rr, which need it: higher runs first."),
+    key(
+        "runaway",
+        Text(r#""off" | TIME"#),
+        Says("\"200ms\"; of vCPUs \"off\""),
+        "Of fifo and rr: becomes `other` after so much CPU time without a pause; 10ms to 10s.",
+    ),
 ]);
 
 static THREAD: Table = table(&[

@@ -29,7 +29,9 @@ mod value;
 pub use check::check_host;
 pub use cpuset::CpuSet;
 pub use diagnostics::{Diagnostic, Diagnostics, Severity};
-pub use explain::{Explanation, NodeReport, Problem, Role, ThreadReport, explain};
+pub use explain::{
+    Explanation, NodeReport, Problem, Role, ThreadReport, WORKERS_OF_A_RING, explain,
+};
 pub use init::{template, template_names};
 pub use load::{Loaded, Provenance, load, load_str};
 pub use schema::{json_schema, schema_text};

@@ -192,7 +192,7 @@ pub struct Thread {
     pub poll: Poll,
 }
 
-/// `sched = { policy, nice, priority }`.
+/// `sched = { policy, nice, priority, runaway }`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case", tag = "policy")]
 pub enum Sched {
@@ -212,11 +212,17 @@ pub enum Sched {
     Fifo {
         /// 1 to 99, higher runs first.
         priority: u8,
+        /// It becomes `other` after so much CPU time without a pause; `None`: never.
+        #[serde(serialize_with = "crate::units::as_time_or_off")]
+        runaway: Option<Duration>,
     },
     /// SCHED_RR.
     Rr {
         /// 1 to 99, higher runs first.
         priority: u8,
+        /// It becomes `other` after so much CPU time without a pause; `None`: never.
+        #[serde(serialize_with = "crate::units::as_time_or_off")]
+        runaway: Option<Duration>,
     },
 }
 

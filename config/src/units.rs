@@ -125,6 +125,20 @@ pub fn format_time(time: Duration) -> String {
     format!("{}{unit}", ns / factor)
 }
 
+/// Serialises a time as text with its unit, or "off".
+///
+/// # Errors
+/// Those of the serialiser.
+pub fn as_time_or_off<S: Serializer>(
+    time: &Option<Duration>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    match time {
+        Some(time) => as_time(time, serializer),
+        None => serializer.serialize_str("off"),
+    }
+}
+
 /// Serialises a time as text with its unit.
 ///
 /// # Errors

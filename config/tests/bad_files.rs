@@ -189,6 +189,23 @@ fn vcpus_and_their_pins() {
         &format!("{four}sched = {{ policy = \"other\", priority = 3 }}"),
         &[(4, 29, "`priority` goes with the policies fifo and rr", "")],
     );
+    let runaway = |policy: &str, time: &str| {
+        format!("{four}sched = {{ policy = \"{policy}\", runaway = \"{time}\" }}")
+    };
+    expect(
+        &runaway("batch", "1s"),
+        &[(4, 29, "`runaway` goes with the policies fifo and rr, this is batch", "")],
+    );
+    let fifo = |time: &str| runaway("fifo\", priority = \"1", time).replace("\"1\"", "1");
+    expect(&fifo("never"), &[(4, 52, "`never`", "write \"off\", or a time like \"200ms\"")]);
+    expect(&fifo("200"), &[(4, 52, "200", "\"200ms\"")]);
+    for time in ["9ms", "11s", "0s"] {
+        expect(&fifo(time), &[(4, 52, "must be from 10ms to 10s, or \"off\"", "")]);
+    }
+    expect(
+        "[thread.a]\nsched = { policy = \"rr\", priority = 1 }\npoll = \"200ms\"",
+        &[(1, 9, "polling for 200ms is running away after 200ms", "poll for less")],
+    );
 }
 
 #[test]

@@ -153,11 +153,18 @@ fn every_thread_is_there_with_its_work() {
     assert_eq!(threads[1].queues, ["disk.data:q0,2"]);
     assert_eq!(threads[1].reasons, ["the file places disk.data:q0,2 here"]);
     assert_eq!((threads[1].cpus.clone(), threads[1].poll.clone()), (Some(cpus("2")), None));
-    assert_eq!(threads[2].reasons, ["home of disk.data:q1,3, run on the submitting vCPU"]);
+    assert_eq!(
+        threads[2].reasons,
+        [
+            "home of disk.data:q1,3, run on the submitting vCPU",
+            "becomes other after 200ms of CPU time without a pause"
+        ]
+    );
     assert_eq!((threads[2].policy.as_str(), threads[2].rings, threads[2].fds), ("fifo 5", 1, 5));
     assert_eq!(threads[4].queues, ["disk.data:q1,3"]);
     let json = explanation.to_json();
     assert_eq!(json["totals"]["threads"], 8);
+    assert_eq!(json["totals"]["kernel-workers"], 16, "io0 and io1 have a ring");
     assert_eq!(json["threads"][2]["role"], "iothread");
     assert_eq!(json["threads"][2]["cpus"], "2");
     assert_eq!(explanation.for_vms(3).to_json()["totals"]["vcpus"], 12);
@@ -184,7 +191,7 @@ heddle    any   0      other   -
 main      any   0      other   32us
     every machine has it, for what is placed nowhere else
     disk.d:q0-1: placed here, which is the default
-    costs 7 fds, 1 ring, up to 32us of CPU time before each sleep
+    costs 7 fds, 1 ring (up to 8 kernel threads), up to 32us of CPU time before each sleep
 vcpu 0-1  any   0      other   -
     runs a CPU of the guest
     costs 1 fd each

@@ -171,7 +171,7 @@ fn everything_can_be_said() {
     let pins: Vec<_> =
         plan.vcpus.iter().map(|vcpu| vcpu.cpus.as_ref().unwrap().to_string()).collect();
     assert_eq!(pins, ["10", "8,72", "8,72", "13"]);
-    assert_eq!(plan.vcpus[3].sched, Sched::Rr { priority: 7 });
+    assert_eq!(plan.vcpus[3].sched, Sched::Rr { priority: 7, runaway: None });
     let names: Vec<_> = plan.threads.iter().map(|thread| thread.name.as_str()).collect();
     assert_eq!(names, ["main", "Io_0-a", "idle"]);
     assert_eq!(plan.threads[0].cpus.as_ref().unwrap().to_string(), "3");
@@ -452,4 +452,24 @@ fn large_files_are_quick() {
     let plan = loads(&text).plan;
     assert_eq!((plan.threads.len(), plan.disks.len()), (4097, 255));
     assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_loop_may_run_away_for_200ms_and_a_vcpu_for_ever_unless_the_file_says_otherwise() {
+    let of_both = |runaway: &str| {
+        let sched = format!("sched = {{ policy = \"rr\", priority = 1{runaway} }}");
+        let text = format!("[vcpu]\n{sched}\n[thread.a]\n{sched}");
+        let plan = loads(&text).plan;
+        let again = loads(&loads(&text).effective).plan;
+        assert_eq!((&plan.vcpus, &plan.threads), (&again.vcpus, &again.threads));
+        [plan.vcpus[0].sched, plan.threads[1].sched].map(|sched| match sched {
+            Sched::Rr { priority: 1, runaway } => runaway,
+            other => panic!("{other:?}"),
+        })
+    };
+    let time = |ms| Some(Duration::from_millis(ms));
+    assert_eq!(of_both(""), [None, time(200)]);
+    assert_eq!(of_both(", runaway = \"off\""), [None, None]);
+    assert_eq!(of_both(", runaway = \"10ms\""), [time(10), time(10)]);
+    assert_eq!(of_both(", runaway = \"1.5s\""), [time(1500), time(1500)]);
 }

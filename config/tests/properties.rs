@@ -138,8 +138,9 @@ fn good_file() -> impl Strategy<Value = String> {
         "{ nice = -20 }",
         "{ policy = \"batch\", nice = 19 }",
         "{ policy = \"idle\" }",
-        "{ policy = \"fifo\", priority = 99 }",
-        "{ policy = \"rr\", priority = 1 }",
+        "{ policy = \"fifo\", priority = 99, runaway = \"10s\" }",
+        "{ policy = \"rr\", priority = 1, runaway = \"1.5s\" }",
+        "{ policy = \"rr\", priority = 1, runaway = \"off\" }",
     ]);
     let affinity = select(vec!["none", "0-8191,^5", "1:1@100-200", "7"]);
     let name = "[ -~\u{e9}\u{1f9f6}]{1,20}";

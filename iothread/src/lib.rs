@@ -59,6 +59,7 @@ mod poll;
 mod readiness;
 mod reply;
 mod ring;
+mod runaway;
 mod shuffle;
 mod source;
 mod strand;
@@ -78,10 +79,11 @@ pub use idle::Idle;
 pub use poll::PollPolicy;
 pub use reply::{Answer, Blocking, Gone, Reply};
 pub use ring::{Operation, Port, Ring, RingFull};
+pub use runaway::{Guard, ring_on_demotion};
 pub use source::{FdSource, Poller, Trigger};
 pub use strand::{Event, Progress, Strand};
 pub use thread::{
-    Granted, Refused, Sched, Starting, Thread, ThreadSpec, available_cpus, raise_file_limit,
-    reserve_files, spawn, spawn_loop, start_thread,
+    Granted, Refused, Sched, Starting, Thread, ThreadSpec, available_cpus, elsewhere,
+    raise_file_limit, reserve_files, spawn, spawn_loop, start_thread,
 };
 pub use timer::Timer;

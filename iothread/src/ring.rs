@@ -19,6 +19,7 @@ use crate::handle::Task;
 use crate::inbox::Node;
 use crate::place::Place;
 use crate::strand::Event;
+use crate::thread;
 
 /// Submissions between two `io_uring_enter`s.
 const ENTRIES: u32 = 256;
@@ -31,6 +32,13 @@ const SLOT_SHIFT: u32 = 48;
 /// nothing behind it until the next completion. One is not enough: an enter runs 20 pieces of
 /// work, and those that only retry an operation bring nothing.
 const VAIN_ENTERS: u32 = 16;
+
+/// Workers that the kernel may make for a ring (io-wq, `iou-wrk-*`): of those for regular files and
+/// block devices, and of those for all else. It would make up to one per entry, or four per CPU.
+/// They do what cannot be done without blocking: flushes, and I/O on file systems that cannot be
+/// asked to come back later. Four keep a device busy with these, and a guest that flushes a lot
+/// from having hundreds of threads made on the host.
+const WORKERS: [u32; 2] = [4, 4];
 
 /// The results of operations in flight of one queue, by slot.
 pub struct Port {
@@ -179,6 +187,7 @@ impl Ring {
             .setup_cqsize(4 * ENTRIES)
             .build(ENTRIES)
             .or_else(|_| IoUring::new(ENTRIES))?;
+        bound_workers(&io);
         let news = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         io.submitter().register_eventfd(news.as_raw_fd())?;
         Ok(Self {
@@ -189,6 +198,9 @@ impl Ring {
             vain: 0,
         })
     }
+
+    /// So many workers (`iou-wrk-*`) the kernel makes for a ring at the most.
+    pub const MOST_WORKERS: u32 = WORKERS[0] + WORKERS[1];
 
     /// Can this kernel make a ring for this process?
     pub fn probe() -> io::Result<()> {
@@ -291,6 +303,21 @@ impl Ring {
     }
 }
 
+/// Keeps the workers that the kernel makes for this thread's ring few, and on CPUs that they may
+/// have: by themselves they go everywhere, also where a vCPU is pinned. Where the kernel refuses
+/// (before 5.14 and 5.15) they are as it makes them.
+fn bound_workers(io: &IoUring) {
+    let _ = io.submitter().register_iowq_max_workers(&mut WORKERS.clone());
+    // SAFETY: zeros are a valid, empty set.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    let cpus = thread::worker_cpus();
+    let nameable = cpus.into_iter().filter(|&cpu| cpu < libc::CPU_SETSIZE as usize);
+    // SAFETY: each is a bit of the set.
+    nameable.for_each(|cpu| unsafe { libc::CPU_SET(cpu, &mut set) });
+    // The kernel refuses an empty set, and one that goes beyond the cpuset.
+    let _ = io.submitter().register_iowq_aff(&set);
+}
+
 /// Readable when there is something to reap.
 impl AsRawFd for Ring {
     fn as_raw_fd(&self) -> RawFd {
@@ -320,5 +347,18 @@ impl Ring {
             AtomicU32::from_ptr(flags).fetch_or(TASKRUN, SeqCst);
             libc::munmap(at, 4096);
         }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_knows_how_many_workers_a_ring_may_have() {
+        let ring = Ring::new(&Arc::default()).unwrap();
+        let mut limits = [0; 2]; // changes nothing, and gives what there is
+        ring.io.submitter().register_iowq_max_workers(&mut limits).unwrap();
+        assert_eq!(limits, WORKERS);
     }
 }

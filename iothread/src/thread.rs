@@ -1,19 +1,30 @@
 //! Threads: name, CPU set, scheduling policy; set by the thread itself and read back.
 //!
-//! Linux threads inherit the affinity of their creator. Here nothing is inherited by accident: a
-//! thread that asks for no CPUs gets those the process was started with.
+//! Linux threads inherit affinity, policy, nice value and timer slack of their creator. Here
+//! nothing is inherited by accident: [`start_thread`] is the only place where threads are made, and
+//! each sets all of these itself. A thread that asks for no CPUs gets those the process was
+//! started with. Threads that the kernel makes on behalf of one of ours (io_uring's workers, KVM's)
+//! are never real-time threads and have no nice value below 0: all have SCHED_RESET_ON_FORK.
+//!
+//! What does stay inherited is the cgroup, of the process and of the thread (cgroups(7), "threaded"):
+//! a thread is born in its creator's. Ours are all made by the process's first thread, so
+//! all are where that one was put; who wants them elsewhere moves them by their ids.
 
 #![expect(unsafe_code, reason = "affinity and scheduling are set by system calls")]
 
+use std::cell::RefCell;
 use std::fmt;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crate::event_loop::{EventLoop, LoopPolicy};
 use crate::handle::LoopHandle;
+use crate::runaway::{Guard, Watch};
 
 /// Host CPUs that this code can name; the kernel's largest NR_CPUS on x86_64.
 const MAX_CPUS: usize = 8192;
@@ -32,6 +43,13 @@ pub enum Sched {
     Fifo(u8),
     /// SCHED_RR with a priority of 1 to 99.
     Rr(u8),
+}
+
+impl Sched {
+    /// Does it go before all that is not real-time?
+    pub fn is_real_time(self) -> bool {
+        matches!(self, Self::Fifo(_) | Self::Rr(_))
+    }
 }
 
 impl fmt::Display for Sched {
@@ -57,6 +75,20 @@ pub struct ThreadSpec {
     pub cpus: Option<Vec<usize>>,
     /// Its scheduling.
     pub sched: Sched,
+    /// With a real-time policy: the CPU time it may use without blocking before it loses that
+    /// policy; `None`: any. See [`Guard`].
+    pub runaway: Option<Duration>,
+    /// The host CPUs of the workers that the kernel makes for this thread's io_uring; `None`: those
+    /// of the thread.
+    pub worker_cpus: Option<Vec<usize>>,
+}
+
+impl ThreadSpec {
+    /// A thread of this name with nothing special.
+    pub fn new(name: impl Into<String>) -> Self {
+        let (name, sched) = (name.into(), Sched::Other(0));
+        Self { name, cpus: None, sched, runaway: None, worker_cpus: None }
+    }
 }
 
 /// What a thread is, read back from the kernel.
@@ -72,6 +104,8 @@ pub struct Granted {
     pub sched: Sched,
     /// Wishes that could not be had.
     pub refused: Vec<Refused>,
+    /// Watches over it, if it has a real-time policy that it can lose.
+    pub guard: Option<Arc<Guard>>,
 }
 
 /// A wish that the host did not grant.
@@ -146,7 +180,7 @@ pub fn start_thread(
     let (sender, receiver) = sync_channel(1);
     let builder = std::thread::Builder::new().name(spec.name.clone()).stack_size(STACK);
     let handle = builder.spawn(move || {
-        let granted = take_on(spec);
+        let (granted, _watch) = take_on(spec);
         if sender.send(granted).is_ok() {
             body();
         }
@@ -172,6 +206,18 @@ pub fn spawn_loop(
     })?;
     let handle = receiver.recv().map_err(|_| io::Error::other("the new loop died"))??;
     Ok((handle, thread))
+}
+
+/// Runs `f` on these CPUs, if they may be had, and comes back to those the calling thread had.
+/// Threads that the kernel makes meanwhile on behalf of this one stay there.
+pub fn elsewhere<R>(cpus: &[usize], f: impl FnOnce() -> R) -> R {
+    let own = affinity().ok().filter(|_| set_affinity(cpus).is_ok());
+    let result = f();
+    if let Some(own) = own {
+        // It had them just before.
+        let _ = set_affinity(&own);
+    }
+    result
 }
 
 /// The CPUs the process was started with.
@@ -215,13 +261,31 @@ pub fn reserve_files(count: u64) {
     }
 }
 
-/// Makes the calling thread what `spec` says, as far as the host lets it.
-fn take_on(spec: ThreadSpec) -> Granted {
-    // SAFETY: PR_SET_TIMERSLACK takes a plain number. Timers shall fire when they are due.
+thread_local! {
+    /// See [`ThreadSpec::worker_cpus`].
+    static WORKER_CPUS: RefCell<Option<Vec<usize>>> = const { RefCell::new(None) };
+}
+
+/// The CPUs of the workers that the kernel makes for the calling thread's io_uring.
+pub(crate) fn worker_cpus() -> Vec<usize> {
+    let told = WORKER_CPUS.with_borrow(Clone::clone);
+    told.or_else(|| affinity().ok()).unwrap_or_default()
+}
+
+/// Timers of the calling thread fire when they are due. A policy that was real-time and is no more
+/// brings back the slack of whoever made the thread.
+pub(crate) fn set_timer_slack() {
+    // SAFETY: PR_SET_TIMERSLACK takes a plain number, of nanoseconds.
     unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1usize, 0usize, 0usize, 0usize) };
+}
+
+/// Makes the calling thread what `spec` says, as far as the host lets it.
+fn take_on(spec: ThreadSpec) -> (Granted, Option<Watch>) {
     let wanted = spec.cpus.as_deref().unwrap_or_else(|| available_cpus());
     let pinned = set_affinity(wanted);
     let scheduled = set_sched(spec.sched);
+    set_timer_slack();
+    WORKER_CPUS.set(spec.worker_cpus);
     let cpus = affinity().unwrap_or_default();
     let sched = current_sched();
     let mut refused = Vec::new();
@@ -242,9 +306,18 @@ fn take_on(spec: ThreadSpec) -> Granted {
         };
         refused.push(Refused { wish: spec.sched.to_string(), got: sched.to_string(), why });
     }
+    let limit = spec.runaway.filter(|_| sched.is_real_time());
+    let watch = limit.and_then(|limit| {
+        let refuse = |error| {
+            let wish = format!("a guard that ends {sched} after {limit:?} without a pause");
+            refused.push(Refused { wish, got: "none".into(), why: format!("{error}") });
+        };
+        Watch::begin(limit).map_err(refuse).ok()
+    });
+    let guard = watch.as_ref().map(|watch| Arc::clone(watch.guard()));
     // SAFETY: gettid has no preconditions.
     let tid = unsafe { libc::gettid() } as u32;
-    Granted { name: spec.name, tid, cpus, sched, refused }
+    (Granted { name: spec.name, tid, cpus, sched, refused, guard }, watch)
 }
 
 fn cpu_list(cpus: &[usize]) -> String {
@@ -304,7 +377,7 @@ fn set_sched(sched: Sched) -> io::Result<()> {
     let param = libc::sched_param { sched_priority: i32::from(priority) };
     // SAFETY: `param` is valid; 0 is the calling thread for both calls.
     unsafe {
-        if libc::sched_setscheduler(0, policy, &raw const param) != 0 {
+        if libc::sched_setscheduler(0, policy | libc::SCHED_RESET_ON_FORK, &raw const param) != 0 {
             return Err(io::Error::last_os_error());
         }
         if libc::setpriority(libc::PRIO_PROCESS, 0, i32::from(nice)) != 0 {
@@ -322,7 +395,7 @@ fn current_sched() -> Sched {
         (libc::sched_getscheduler(0), libc::getpriority(libc::PRIO_PROCESS, 0) as i8)
     };
     let priority = param.sched_priority as u8;
-    match policy {
+    match policy & !libc::SCHED_RESET_ON_FORK {
         libc::SCHED_FIFO => Sched::Fifo(priority),
         libc::SCHED_RR => Sched::Rr(priority),
         libc::SCHED_BATCH => Sched::Batch(nice),
@@ -336,7 +409,7 @@ mod tests {
     use super::*;
 
     fn spec(cpus: Option<Vec<usize>>, sched: Sched) -> ThreadSpec {
-        ThreadSpec { name: "test".to_owned(), cpus, sched }
+        ThreadSpec { cpus, sched, ..ThreadSpec::new("test") }
     }
 
     #[test]
@@ -371,6 +444,18 @@ mod tests {
         .unwrap();
         assert_eq!(receiver.recv().unwrap(), available_cpus());
         outer.join().unwrap();
+    }
+
+    #[test]
+    fn a_thread_that_was_elsewhere_comes_back() {
+        let (first, last) = (available_cpus()[0], *available_cpus().last().unwrap());
+        let thread = spawn(spec(Some(vec![first]), Sched::Other(0)), move || {
+            assert_eq!(elsewhere(&[last], || affinity().unwrap()), [last]);
+            assert_eq!(affinity().unwrap(), [first]);
+            assert_eq!(elsewhere(&[8191], || affinity().unwrap()), [first], "it has no other");
+            assert_eq!(affinity().unwrap(), [first]);
+        });
+        thread.unwrap().join().unwrap();
     }
 
     #[test]

@@ -10,9 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::*};
 use std::time::Duration;
 
-use iothread::{
-    Event, LoopHandle, PollPolicy, Progress, Sched, Strand, Thread, ThreadSpec, VcpuLoop,
-};
+use iothread::{Event, LoopHandle, PollPolicy, Progress, Strand, Thread, ThreadSpec, VcpuLoop};
 
 const KICKS: u64 = 10_000;
 
@@ -101,7 +99,7 @@ fn allocations(f: impl FnOnce()) -> u64 {
 }
 
 fn start_loop(poll: PollPolicy) -> (LoopHandle, Thread) {
-    let spec = ThreadSpec { name: "loop".to_owned(), cpus: None, sched: Sched::Other(0) };
+    let spec = ThreadSpec::new("loop");
     iothread::spawn_loop(spec, poll).unwrap()
 }
 

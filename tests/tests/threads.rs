@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use tests::machine::{Machine, Outcome, Running, text, threads};
+use tests::machine::{Machine, Outcome, Running, text, threads, wait_for_thread};
 use tests::payload::{self, port_writes};
 use tests::program::heddle;
 
@@ -178,15 +179,151 @@ fn a_cpu_the_host_lacks_is_not_granted_and_said_once() {
     strict.refuses(4, "thread.io0");
 }
 
+/// May heddle have real-time threads here? Says so if not.
+fn real_time_is_permitted() -> bool {
+    let tried = Command::new("chrt").args(["--fifo", "1", "true"]).output().unwrap();
+    if !tried.status.success() {
+        eprintln!("not tried, needs CAP_SYS_NICE: {}", String::from_utf8_lossy(&tried.stderr));
+    }
+    tried.status.success()
+}
+
+/// Field `number` of /proc/PID/task/TID/stat, as proc(5) counts them; one behind the name.
+fn field(pid: u32, thread: u32, number: usize) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/task/{thread}/stat")).unwrap();
+    let fields = stat.rsplit(')').next().unwrap();
+    fields.split_whitespace().nth(number - 3).unwrap().parse().unwrap()
+}
+
+/// The real-time priority of a thread.
+fn priority(pid: u32, thread: u32) -> u64 {
+    const RT_PRIORITY: usize = 40;
+    field(pid, thread, RT_PRIORITY)
+}
+
+/// CPU time of a thread, in the guest too.
+fn cpu_time(pid: u32, thread: u32) -> Duration {
+    const UTIME: usize = 14;
+    const STIME: usize = 15;
+    const TICKS_PER_SECOND: u64 = 100; // USER_HZ, the same on every x86_64
+    let ticks = field(pid, thread, UTIME) + field(pid, thread, STIME);
+    Duration::from_millis(ticks * 1000 / TICKS_PER_SECOND)
+}
+
+#[test]
+fn real_time_threads_have_the_policy_and_priority_of_the_file_and_timers_without_slack() {
+    if !real_time_is_permitted() {
+        return;
+    }
+    let (first, last, all) = host_cpus();
+    let toml = format!(
+        "[thread.main]\nsched = {{ nice = -20 }}\n\
+         [thread.fifo]\ncpus = \"{last}\"\nsched = {{ policy = \"fifo\", priority = 5 }}\n\
+         [thread.rr]\nsched = {{ policy = \"rr\", priority = 99, runaway = \"off\" }}\n\
+         [thread.batch]\ncpus = \"{first}\"\nsched = {{ policy = \"batch\", nice = -1 }}\n\
+         [thread.idle]\nsched = {{ policy = \"idle\" }}\n"
+    );
+    let (_machine, running, threads) = waiting(&toml);
+    let expected = [
+        ("batch", 0, on(&first, libc::SCHED_BATCH, -1)),
+        ("fifo", 5, on(&last, libc::SCHED_FIFO, 0)),
+        ("heddle", 0, on(&all, libc::SCHED_OTHER, 0)),
+        ("idle", 0, on(&all, libc::SCHED_IDLE, 0)),
+        ("main", 0, on(&all, libc::SCHED_OTHER, -20)),
+        ("rr", 99, on(&all, libc::SCHED_RR, 0)),
+        ("vcpu0", 0, on(&all, libc::SCHED_OTHER, 0)),
+    ];
+    let pid = running.pid();
+    let look = |(name, id): &(String, u32)| (name.clone(), priority(pid, *id), seen(pid, *id));
+    let found: Vec<_> = threads.iter().map(look).collect();
+    let found: Vec<_> = found.iter().map(|(name, n, seen)| (name.as_str(), *n, seen)).collect();
+    assert_eq!(found, expected.each_ref().map(|(name, n, seen)| (*name, *n, seen)));
+    for (name, id) in threads.iter().filter(|(name, _)| name != "heddle") {
+        let slack = fs::read_to_string(format!("/proc/{id}/timerslack_ns")).unwrap();
+        // Since Linux 6.12 those of real-time threads have none at all.
+        assert!(["0", "1"].contains(&slack.trim()), "{name}: {slack}");
+    }
+    let report = stop(running).json();
+    assert_eq!(report["not-granted"], Value::Array(Vec::new()));
+    for thread in report["threads"].as_array().unwrap() {
+        assert_eq!(thread["demoted"], false, "{thread}");
+    }
+}
+
+/// A machine whose guest never leaves its CPU, with a real-time vCPU, and the vCPU's thread.
+fn spinning(sched: &str, args: &[&str]) -> (Machine, Running, u32) {
+    let toml = format!("[vcpu]\nsched = {{ policy = \"fifo\", priority = 1{sched} }}\n");
+    let machine = Machine::booting(payload::spin(), "", &toml);
+    let running = machine.start(args);
+    wait_for_thread(running.pid(), "vcpu0");
+    let (_, vcpu) = made(running.pid()).into_iter().find(|(name, _)| name == "vcpu0").unwrap();
+    (machine, running, vcpu)
+}
+
+#[test]
+fn a_vcpu_that_may_not_run_away_loses_its_priority_and_that_is_said() {
+    if !real_time_is_permitted() {
+        return;
+    }
+    let lost = "thread vcpu0 is no longer fifo 1 but other: it ran for 100ms and more";
+    for args in [["--json"], ["--stats"]] {
+        let (_machine, mut running, vcpu) = spinning(", runaway = \"100ms\"", &args);
+        running.wait_for(lost);
+        assert_eq!(seen(running.pid(), vcpu).policy, libc::SCHED_OTHER);
+        running.signal(libc::SIGTERM);
+        let outcome = running.wait().expect(143);
+        assert_eq!(outcome.stderr.matches(lost).count(), 1, "{}", outcome.stderr);
+        if args == ["--stats"] {
+            let line = outcome.stderr.lines().find(|line| line.starts_with("vcpu0 "));
+            assert!(line.unwrap().ends_with("  lost fifo 1"), "{}", outcome.stderr);
+            continue;
+        }
+        for thread in outcome.json()["threads"].as_array().unwrap() {
+            assert_eq!(thread["demoted"], thread["name"] == "vcpu0", "{thread}");
+        }
+    }
+}
+
+#[test]
+fn a_vcpu_may_compute_for_as_long_as_it_likes_unless_the_file_says_otherwise() {
+    if !real_time_is_permitted() {
+        return;
+    }
+    let (first, last, _) = host_cpus();
+    let (_machine, running, vcpu) = spinning("", &["--set", &format!("vcpu.affinity={last}")]);
+    let began = Instant::now();
+    while cpu_time(running.pid(), vcpu) < Duration::from_millis(600) {
+        assert!(began.elapsed() < Duration::from_secs(60), "it does not run");
+        std::thread::yield_now();
+    }
+    assert_eq!(seen(running.pid(), vcpu).policy, libc::SCHED_FIFO);
+    assert_eq!(seen(running.pid(), vcpu).cpus, last);
+    // KVM makes threads of its own on behalf of the first vCPU; they do not take after it.
+    let all = threads(running.pid()).into_iter();
+    for (id, name) in all.filter(|(_, name)| name.starts_with("kvm-")) {
+        let Seen { cpus, policy, nice } = seen(running.pid(), id);
+        assert_eq!((policy, nice), (libc::SCHED_OTHER, 0), "{name}");
+        assert_eq!(cpus == last, first == last, "{name} is on {cpus}");
+    }
+    running.signal(libc::SIGTERM);
+    let outcome = running.wait().expect(143);
+    assert!(!outcome.stderr.contains("no longer"), "{}", outcome.stderr);
+}
+
 /// heddle without the right to real-time policies.
 fn without_rights(machine: &Machine, args: &[&str]) -> Outcome {
+    deprived(&mut machine.heddle("run"), args)
+}
+
+/// Runs a command of heddle without that right.
+fn deprived(heddle: &mut Command, args: &[&str]) -> Outcome {
     let mut command = Command::new("prlimit");
     command.args(["--rtprio=0:0", "--nice=0:0", "--"]);
     // As root, take the capability away as well.
     if fs::metadata("/proc/self").unwrap().uid() == 0 {
         command.args(["setpriv", "--bounding-set", "-sys_nice", "--inh-caps", "-sys_nice", "--"]);
     }
-    command.args([text(heddle()), "run", text(&machine.path("vm.toml"))]).args(args);
+    command.arg(heddle.get_program()).args(heddle.get_args()).args(args);
     command.stdin(Stdio::null());
     Running::start(&mut command).wait()
 }
@@ -216,6 +353,29 @@ fn a_policy_that_is_not_permitted_is_not_granted_and_said_once() {
     assert!(!quiet.stderr.contains("not granted"), "{}", quiet.stderr);
 }
 
+#[test]
+fn a_check_of_the_host_finds_what_is_not_permitted_and_counts_it_as_an_error() {
+    tests::program::need_kvm();
+    let toml = "[vcpu]\nsched = { policy = \"rr\", priority = 3 }\n\
+                [thread.io0]\nsched = { policy = \"batch\", nice = -1 }\n";
+    let machine = Machine::booting(payload::cmdline(), "", toml);
+    let checked = deprived(&mut machine.heddle("check"), &["--host"]).expect(4);
+    let errors: Vec<_> =
+        checked.stderr.lines().filter(|line| line.starts_with("error[W09]")).collect();
+    assert_eq!(errors.len(), 2, "{}", checked.stderr);
+    assert!(errors.iter().any(|error| error.contains("thread io0 wants nice -1")), "{errors:?}");
+    assert!(errors.iter().any(|error| error.contains("every vCPU wants real-time")), "{errors:?}");
+    assert!(checked.stderr.contains("CAP_SYS_NICE"), "{}", checked.stderr);
+    // It runs all the same, with what there is, and says so.
+    let outcome = without_rights(&machine, &["--json"]).expect(0);
+    for refused in ["vcpu0: wanted rr 3, got other", "thread.io0: wanted batch, nice -1, got"] {
+        assert_eq!(outcome.stderr.matches(refused).count(), 1, "{}", outcome.stderr);
+    }
+    without_rights(&machine, &["--set", "policy.fallback=error"]).refuses(4, "CAP_SYS_NICE");
+    // Who allows it need not hear of it.
+    deprived(&mut machine.heddle("check"), &["--host", "--set", "policy.fallback=allow"]).expect(0);
+}
+
 /// A machine whose guest does nothing, with a callback that keeps `io0` busy.
 fn stalled(time: &str, every: &str, more: &str) -> Machine {
     let toml = format!(
@@ -241,4 +401,23 @@ fn the_longest_callback_of_a_thread_is_reported_with_its_owner() {
     let io0 = threads.iter().find(|thread| thread["name"] == "io0").unwrap();
     assert_eq!(io0["longest-callback"]["owner"], "test.stall", "{io0}");
     assert!(io0["longest-callback"]["ns"].as_u64().unwrap() >= 20_000_000, "{io0}");
+}
+
+#[test]
+fn a_real_time_loop_whose_callback_does_not_pause_is_demoted_and_no_other_thread() {
+    if !real_time_is_permitted() {
+        return;
+    }
+    let sched = "sched = { policy = \"rr\", priority = 3, runaway = \"50ms\" }";
+    let more = format!("{sched}\n[thread.io1]\n{sched}");
+    let machine = stalled("300ms", "400ms", &more);
+    let lost = "thread io0 is no longer rr 3 but other: it ran for 50ms and more without a pause";
+    let mut running = machine.start(&["--json"]);
+    running.wait_for(lost);
+    running.signal(libc::SIGTERM);
+    let outcome = running.wait().expect(143);
+    assert_eq!(outcome.stderr.matches("is no longer").count(), 1, "{}", outcome.stderr);
+    for thread in outcome.json()["threads"].as_array().unwrap() {
+        assert_eq!(thread["demoted"], thread["name"] == "io0", "{thread}");
+    }
 }

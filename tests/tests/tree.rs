@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::path::{Path, PathBuf};
 
 use tests::program::root;
 
@@ -117,6 +118,51 @@ fn every_path_that_the_documents_name_exists() {
             assert!(root().join(path).exists(), "{document} names {path}");
         }
     }
+}
+
+/// All Rust sources below a directory.
+fn sources(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    let below = |path: PathBuf| if path.is_dir() { sources(&path) } else { vec![path] };
+    let all = entries.flat_map(below);
+    all.filter(|path| path.extension().is_some_and(|extension| extension == "rs")).collect()
+}
+
+/// The lines of a source that are product code and may make a thread.
+fn threads_made(source: &str) -> Vec<&str> {
+    let makers = ["thread::spawn", "thread::Builder", "thread::scope", "pthread_create", "clone3"];
+    // Tests come last in a file.
+    let product = source.split("#[cfg(test)]\nmod").next().unwrap_or_default();
+    let code = product.lines().filter(|line| !line.trim_start().starts_with("//"));
+    let makes = |line: &str| makers.iter().any(|maker| line.contains(maker));
+    code.filter(|line| makes(&line.replace("iothread::", ""))).collect()
+}
+
+#[test]
+fn every_thread_is_made_by_one_spawner() {
+    let spawner = Path::new("iothread/src/thread.rs");
+    let mut found = Vec::new();
+    for part in ["config", "iothread", "devices", "vmm"] {
+        for path in sources(&root().join(part).join("src")) {
+            let name = path.strip_prefix(root()).unwrap().to_owned();
+            // Modules of their own that are only there in tests.
+            let is_test = name.iter().any(|part| {
+                let part = part.to_string_lossy();
+                part.contains("test") || part == "models"
+            });
+            let source = fs::read_to_string(&path).unwrap();
+            let made = threads_made(&source).len();
+            found.extend((made > 0 && !is_test).then_some((name, made)));
+        }
+    }
+    assert_eq!(found, [(spawner.to_owned(), 1)], "use iothread::start_thread");
+}
+
+#[test]
+fn making_a_thread_is_seen_in_product_code_only() {
+    let source = "// thread::spawn\niothread::spawn(\nstd::thread::Builder::new()\n#[cfg(test)]\nmod tests {\n\
+        std::thread::scope(";
+    assert_eq!(threads_made(source), ["std::thread::Builder::new()"]);
 }
 
 #[test]

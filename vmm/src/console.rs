@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use config::plan::{self, SerialOut};
 use devices::legacy::{PowerPorts, Serial};
 
+use crate::demotions::Demotions;
 use crate::ending::{End, Ending};
 use crate::machine::{HostError, Machine};
 use crate::resources::Resources;
@@ -216,6 +217,8 @@ pub struct Supervisor {
     interactive: bool,
     deadline: Option<Instant>,
     watchdog: Watchdog,
+    /// The real-time threads that may lose their priority.
+    demotions: Demotions,
 }
 
 impl Supervisor {
@@ -232,14 +235,25 @@ impl Supervisor {
         let input = Input { open, escaped: false, pending: VecDeque::new() };
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         let ending = ending.clone();
-        let watchdog = Watchdog::default();
-        Self { lines, signals, ending, power_button: None, input, interactive, deadline, watchdog }
+        let (demotions, watchdog) = (Demotions::default(), Watchdog::default());
+        Self {
+            lines,
+            demotions,
+            signals,
+            ending,
+            power_button: None,
+            input,
+            interactive,
+            deadline,
+            watchdog,
+        }
     }
 
     /// Takes on the ports, the power button and the threads of a machine, its first or the next one.
     pub fn connect(&mut self, machine: &Machine, resources: &Resources) {
-        let threads = resources.threads().chain(machine.threads());
-        self.watchdog.watch(resources.loop_handles(), threads, &self.ending);
+        let threads = || resources.threads().chain(machine.threads());
+        self.watchdog.watch(resources.loop_handles(), threads(), &self.ending);
+        self.demotions.watch(threads());
         for (line, port) in self.lines.iter_mut().zip(&machine.serials) {
             line.port = Some(Arc::clone(port));
         }
@@ -249,6 +263,9 @@ impl Supervisor {
     /// Returns when the machine has ended, or after the timeout.
     pub fn wait(&mut self) -> End {
         loop {
+            for news in self.demotions.news() {
+                say(&format!("heddle: {news}\n"));
+            }
             if let Some(end) = self.ending.get() {
                 return end;
             }

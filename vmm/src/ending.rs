@@ -134,6 +134,14 @@ impl Ending {
         let _ = self.0.wake.write(1);
     }
 
+    /// Another way to [`wake`](Self::wake).
+    ///
+    /// # Errors
+    /// No file descriptor is left.
+    pub fn bell(&self) -> std::io::Result<EventFd> {
+        self.0.wake.try_clone()
+    }
+
     /// The end, if it has come.
     pub fn get(&self) -> Option<End> {
         self.end().clone()

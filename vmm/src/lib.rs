@@ -6,6 +6,7 @@ pub mod boot;
 pub mod cli;
 pub mod console;
 pub mod cpuid;
+pub mod demotions;
 pub mod ending;
 pub mod hotplug;
 pub mod irq;

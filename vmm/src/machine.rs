@@ -37,7 +37,7 @@ use crate::limits;
 use crate::memory::{self, BARS, Backing, ECAM, GuestMemory, KVM_PAGES};
 use crate::mmio_slots::{self, MmioSlot};
 use crate::prealloc;
-use crate::resources::{Fallback, Resources, cpu_ids, join, refusals, sched};
+use crate::resources::{Fallback, Resources, cpu_ids, join, refusals, sched, worker_cpus};
 use crate::timing::Timing;
 use crate::vcpu::{self, Vcpu};
 
@@ -454,18 +454,18 @@ impl<'a> Parts<'a> {
             let (vcpu, apic_id) = (&plan.vcpus[nth], apic_ids[nth]);
             let (start, wait) = channel();
             starts.push(start);
-            let spec = ThreadSpec {
-                name: format!("vcpu{nth}"),
-                cpus: vcpu.cpus.as_ref().map(cpu_ids),
-                sched: sched(vcpu.sched),
-            };
+            let cpus = vcpu.cpus.as_ref().map(cpu_ids);
+            let (sched, runaway) = sched(vcpu.sched);
+            let spec = ThreadSpec { cpus, sched, runaway, ..ThreadSpec::new(format!("vcpu{nth}")) };
             let (vm, supported) = (Arc::clone(&self.vm), Arc::clone(&supported));
+            let elsewhere = vcpu.cpus.is_some().then(|| worker_cpus(None, &plan.vcpus));
             let make = move || {
-                let fd = vm.create_vcpu(apic_id.into()).map_err(ioctl("KVM_CREATE_VCPU"))?;
+                let mut fd = vm.create_vcpu(apic_id.into()).map_err(ioctl("KVM_CREATE_VCPU"))?;
                 let cpuid = cpuid::for_vcpu(&supported, topology, apic_id);
                 fd.set_cpuid2(&cpuid).map_err(ioctl("KVM_SET_CPUID2"))?;
                 if nth == 0 {
                     entry.enter(&fd).map_err(ioctl("KVM_SET_SREGS"))?;
+                    elsewhere.iter().for_each(|cpus| vcpu::make_threads_of_kvm(&mut fd, cpus));
                 }
                 Ok(fd)
             };

@@ -16,7 +16,7 @@ use config::plan::Plan;
 use config::prealloc::{self, Toucher, touchers};
 use config::{CpuSet, Host};
 use devices::virtio::Mem;
-use iothread::{Granted, Sched, Thread, ThreadSpec};
+use iothread::{Granted, Thread, ThreadSpec};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::machine::HostError;
@@ -80,7 +80,7 @@ pub fn touch(memory: &Mem, plan: &Plan) -> Result<Touched, HostError> {
             }
         }
         let cpus = cpus.as_ref().map(cpu_ids);
-        let spec = ThreadSpec { name: name.clone(), cpus, sched: Sched::Other(0) };
+        let spec = ThreadSpec { cpus, ..ThreadSpec::new(&name) };
         let (memory, shared, sender) = (Arc::clone(memory), Arc::clone(&shared), sender.clone());
         let body = move || {
             let result = touch_all(&memory, &ranges, chunk, &shared);

@@ -97,6 +97,7 @@ impl Report {
                 "tid": granted.tid,
                 "cpus": granted.cpus,
                 "sched": granted.sched.to_string(),
+                "demoted": demoted(granted),
                 "counters": counters,
                 "longest-callback": spell(thread.counters.activity.longest()),
                 "latest-timer": spell(thread.counters.activity.latest_timer()),
@@ -140,6 +141,11 @@ impl Report {
     }
 }
 
+/// Has it run away, and lost its priority?
+fn demoted(granted: &Granted) -> bool {
+    granted.guard.as_ref().is_some_and(|guard| guard.demoted())
+}
+
 fn spell(spell: Option<Spell>) -> Value {
     spell.map_or(Value::Null, |it| json!({ "owner": it.owner, "ns": it.time.as_nanos() as u64 }))
 }
@@ -166,6 +172,9 @@ fn stats(threads: &[ThreadInfo]) -> String {
         for column in COLUMNS {
             let value = counters.iter().find(|(name, _)| *name == column).map_or(0, |(_, v)| *v);
             text += &format!(" {value:>11}");
+        }
+        if demoted(&thread.granted) {
+            text += &format!("  lost {}", thread.granted.sched);
         }
         text.push('\n');
     }

@@ -7,6 +7,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use config::CpuSet;
 use config::plan::{self, Disk, DiskSource, Plan};
@@ -95,11 +96,11 @@ impl Resources {
 
     fn spawn_loops(&mut self, plan: &Plan) -> Result<(), HostError> {
         for thread in &plan.threads {
-            let spec = ThreadSpec {
-                name: thread.name.clone(),
-                cpus: thread.cpus.as_ref().map(cpu_ids),
-                sched: sched(thread.sched),
-            };
+            let cpus = thread.cpus.as_ref().map(cpu_ids);
+            let (sched, runaway) = sched(thread.sched);
+            let worker_cpus = Some(worker_cpus(cpus.as_deref(), &plan.vcpus));
+            let name = thread.name.clone();
+            let spec = ThreadSpec { name, cpus, sched, runaway, worker_cpus };
             let poll = PollPolicy {
                 max: thread.poll.max,
                 grow: thread.poll.grow,
@@ -173,14 +174,26 @@ pub(crate) fn cpu_ids(cpus: &CpuSet) -> Vec<usize> {
     cpus.iter().map(|cpu| cpu as usize).collect()
 }
 
-pub(crate) fn sched(sched: plan::Sched) -> Sched {
+/// The policy, and the CPU time after which a thread that never blocks loses it.
+pub(crate) fn sched(sched: plan::Sched) -> (Sched, Option<Duration>) {
     match sched {
-        plan::Sched::Other { nice } => Sched::Other(nice),
-        plan::Sched::Batch { nice } => Sched::Batch(nice),
-        plan::Sched::Idle => Sched::Idle,
-        plan::Sched::Fifo { priority } => Sched::Fifo(priority),
-        plan::Sched::Rr { priority } => Sched::Rr(priority),
+        plan::Sched::Other { nice } => (Sched::Other(nice), None),
+        plan::Sched::Batch { nice } => (Sched::Batch(nice), None),
+        plan::Sched::Idle => (Sched::Idle, None),
+        plan::Sched::Fifo { priority, runaway } => (Sched::Fifo(priority), runaway),
+        plan::Sched::Rr { priority, runaway } => (Sched::Rr(priority), runaway),
     }
+}
+
+/// Where threads that the kernel makes for a loop may run: on the CPUs of the loop, or on all if it
+/// is none that asks for some; but not where a vCPU is pinned, unless there are no others.
+pub(crate) fn worker_cpus(of_loop: Option<&[usize]>, vcpus: &[plan::Vcpu]) -> Vec<usize> {
+    let pins = vcpus.iter().filter_map(|vcpu| vcpu.cpus.as_ref());
+    let pinned: CpuSet = pins.flat_map(CpuSet::iter).collect();
+    let all = of_loop.unwrap_or_else(|| iothread::available_cpus());
+    let is_free = |cpu: &usize| !u32::try_from(*cpu).is_ok_and(|cpu| pinned.contains(cpu));
+    let free: Vec<_> = all.iter().copied().filter(is_free).collect();
+    if free.is_empty() { all.to_vec() } else { free }
 }
 
 /// Refuses an image that another disk has under whatever path, unless both only read.
@@ -251,5 +264,29 @@ fn create_sparse(path: &Path, size: u64) -> io::Result<()> {
         Ok(file) => file.set_len(size),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_stay_away_from_pinned_vcpus_if_they_can() {
+        let pinned = |cpu| plan::Vcpu {
+            cpus: Some(CpuSet::from_iter([cpu])),
+            sched: plan::Sched::default(),
+        };
+        let free = plan::Vcpu { cpus: None, sched: plan::Sched::default() };
+        let vcpus = [pinned(2), free, pinned(5)];
+        assert_eq!(worker_cpus(Some(&[1, 2, 3]), &vcpus), [1, 3]);
+        assert_eq!(worker_cpus(Some(&[2]), &vcpus), [2], "it has no others");
+        assert_eq!(worker_cpus(Some(&[8191]), &vcpus), [8191]);
+        assert_eq!(worker_cpus(None, &vcpus[1..2]), iothread::available_cpus());
+    }
+
+    #[test]
+    fn explain_knows_how_many_workers_a_ring_may_have() {
+        assert_eq!(config::WORKERS_OF_A_RING, u64::from(Ring::MOST_WORKERS));
     }
 }

@@ -50,7 +50,10 @@ impl Doubts {
         let fds = explanation.fds();
         let problems = explanation.warnings;
         match problems.iter().find(|doubt| doubt.severity == Severity::Error) {
-            Some(doubt) => Err(HostError::new(doubt.code, &doubt.message)),
+            Some(config::Problem { code, message, hint, .. }) => {
+                let hint = hint.iter().map(|hint| format!("; {hint}"));
+                Err(HostError::new(*code, message.clone() + &hint.collect::<String>()))
+            }
             None => Ok(Self { problems, fds }),
         }
     }

@@ -8,6 +8,7 @@ use iothread::Blocking;
 
 use crate::cli::Run;
 use crate::console::{Line, Supervisor};
+use crate::demotions::Demotions;
 use crate::ending::{End, Ending};
 use crate::machine::{HostError, Machine};
 use crate::report::Report;
@@ -48,6 +49,7 @@ impl<'a> Session<'a> {
         let blocking = Blocking::on_this_thread()
             .ok_or_else(|| End::Internal("called from a loop".to_owned()))?;
         let ending = Ending::new().map_err(|error| HostError::new("eventfd", error))?;
+        Demotions::announce_at(&ending).map_err(|error| HostError::new("eventfd", error))?;
         let resources = Resources::take(plan)?;
         timing.lap("loops and images");
         let images = resources.handles(plan)?;

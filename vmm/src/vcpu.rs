@@ -39,6 +39,16 @@ pub fn install_kick() -> io::Result<()> {
         .map_err(|error| io::Error::from_raw_os_error(error.errno()))
 }
 
+/// Has KVM make the threads of a machine that it makes with the first `KVM_RUN`
+/// (`kvm-nx-lpage-re`), as copies of the thread that calls it: on these CPUs instead of the vCPU's
+/// own. The guest does not run.
+pub fn make_threads_of_kvm(fd: &mut VcpuFd, cpus: &[usize]) {
+    fd.set_kvm_immediate_exit(1);
+    // It returns EINTR. If there is more to say, the real first KVM_RUN says it.
+    iothread::elsewhere(cpus, || drop(fd.run()));
+    fd.set_kvm_immediate_exit(0);
+}
+
 /// What the vCPUs of a machine share.
 #[derive(Debug)]
 pub struct Shared {

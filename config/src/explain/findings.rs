@@ -199,7 +199,7 @@ fn priorities(found: &mut Vec<Problem>, plan: &Plan, host: &Host) {
     }
     let mut check = |who: &str, sched: Sched| {
         let (wish, limit) = match sched {
-            Sched::Fifo { priority } | Sched::Rr { priority }
+            Sched::Fifo { priority, .. } | Sched::Rr { priority, .. }
                 if u64::from(priority) > limits.rtprio =>
             {
                 (

@@ -1,6 +1,6 @@
 //! An explanation as a table for people.
 
-use super::{Explanation, NodeReport, Role, ThreadReport};
+use super::{Explanation, NodeReport, Role, ThreadReport, WORKERS_OF_A_RING};
 use crate::cpuset::CpuSet;
 use crate::diagnostics::Severity;
 use crate::units::format_size;
@@ -122,7 +122,8 @@ fn row(thread: ThreadReport, numbers: &CpuSet) -> ([String; 5], Vec<String>) {
         cost += " each";
     }
     if thread.rings > 0 {
-        cost += &format!(", {}", plural(thread.rings, "ring"));
+        let workers = thread.rings * WORKERS_OF_A_RING;
+        cost += &format!(", {} (up to {workers} kernel threads)", plural(thread.rings, "ring"));
     }
     if let Some(poll) = &thread.poll {
         cost += &format!(", up to {poll} of CPU time before each sleep");

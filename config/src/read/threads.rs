@@ -5,14 +5,21 @@ use std::time::Duration;
 use crate::cpuset::CpuSet;
 use crate::plan::{Poll, Sched, Thread, Vcpu};
 use crate::reader::Reader;
-use crate::units::{UnitError, parse_time};
+use crate::units::{UnitError, format_time, parse_time};
 use crate::value::Value;
 
 const LONGEST_POLL: Duration = Duration::from_secs(1);
+/// CPU time is counted by ticks, of up to 10 ms.
+const SHORTEST_RUNAWAY: Duration = Duration::from_millis(10);
+const LONGEST_RUNAWAY: Duration = Duration::from_secs(10);
+/// A loop that does not pause for so long is no real-time thread.
+const LOOP_RUNAWAY: Option<Duration> = Some(Duration::from_millis(200));
+/// A guest may compute for as long as it likes.
+const VCPU_RUNAWAY: Option<Duration> = None;
 
 /// All vCPUs.
 pub(super) fn vcpus(table: &Reader<'_>, count: u32) -> Vec<Vcpu> {
-    let sched = sched(&table.table("sched"));
+    let sched = sched(&table.table("sched"), VCPU_RUNAWAY);
     let mut cpus = match table.value("affinity") {
         Some(affinity) => affinities(&affinity, count),
         None => vec![None; count as usize],
@@ -100,8 +107,18 @@ pub(super) fn threads(root: &Reader<'_>) -> Vec<Thread> {
 
 fn thread(name: String, table: &Reader<'_>) -> Thread {
     let cpus = table.value("cpus").and_then(|value| value.cpus());
-    let sched = sched(&table.table("sched"));
-    Thread { name, cpus, sched, poll: poll(&table.table("poll")) }
+    let sched = sched(&table.table("sched"), LOOP_RUNAWAY);
+    let poll = poll(&table.table("poll"));
+    if let Sched::Fifo { runaway: Some(runaway), .. } | Sched::Rr { runaway: Some(runaway), .. } =
+        sched
+        && poll.max >= runaway
+    {
+        let (poll, runaway) = (format_time(poll.max), format_time(runaway));
+        let message = format!("polling for {poll} is running away after {runaway}");
+        let hint = "poll for less, or let sched.runaway be more, or \"off\"".to_owned();
+        table.error(message, Some(hint));
+    }
+    Thread { name, cpus, sched, poll }
 }
 
 fn poll(table: &Reader<'_>) -> Poll {
@@ -129,19 +146,40 @@ fn poll(table: &Reader<'_>) -> Poll {
     }
 }
 
-fn sched(table: &Reader<'_>) -> Sched {
+fn runaway(table: &Reader<'_>, default: Option<Duration>) -> Option<Duration> {
+    let Some(value) = table.value("runaway") else { return default };
+    let read = |text: &str| match text {
+        "off" => Ok(None),
+        _ => parse_time(text).map(Some),
+    };
+    let time = value.parse(read, |error| match error {
+        UnitError::NoUnit(number) => Some(format!("add a unit: \"{}ms\"", number.trim())),
+        _ => Some("write \"off\", or a time like \"200ms\"".to_owned()),
+    })?;
+    if time.is_some_and(|time| !(SHORTEST_RUNAWAY..=LONGEST_RUNAWAY).contains(&time)) {
+        value.error("must be from 10ms to 10s, or \"off\"", None);
+    }
+    time
+}
+
+/// `runaway`: its default here.
+fn sched(table: &Reader<'_>, default: Option<Duration>) -> Sched {
     let policy = table.value("policy").and_then(|value| value.word());
     let nice = table.value("nice").and_then(|value| value.int());
     let priority = table.value("priority").and_then(|value| value.int());
     // What a policy that is no policy takes, nobody knows: that is reported already.
+    let runaway = runaway(table, default);
     let Some(policy) = policy else { return Sched::default() };
-    let takes = match policy {
-        "other" | "batch" => "nice",
-        "fifo" | "rr" => "priority",
-        _ => "",
+    let takes: &[&str] = match policy {
+        "other" | "batch" => &["nice"],
+        "fifo" | "rr" => &["priority", "runaway"],
+        _ => &[],
     };
-    for (key, policies) in [("nice", "other and batch"), ("priority", "fifo and rr")] {
-        if key != takes && table.has(key) {
+    let real_time = "fifo and rr";
+    for (key, policies) in
+        [("nice", "other and batch"), ("priority", real_time), ("runaway", real_time)]
+    {
+        if !takes.contains(&key) && table.has(key) {
             let message = format!("`{key}` goes with the policies {policies}, this is {policy}");
             table.report.error(table.loc_of(key), message, None);
         }
@@ -156,8 +194,8 @@ fn sched(table: &Reader<'_>) -> Sched {
     match policy {
         "batch" => Sched::Batch { nice: nice.unwrap_or(0) },
         "idle" => Sched::Idle,
-        "fifo" => Sched::Fifo { priority: priority.unwrap_or_else(need) },
-        "rr" => Sched::Rr { priority: priority.unwrap_or_else(need) },
+        "fifo" => Sched::Fifo { priority: priority.unwrap_or_else(need), runaway },
+        "rr" => Sched::Rr { priority: priority.unwrap_or_else(need), runaway },
         _ => Sched::Other { nice: nice.unwrap_or(0) },
     }
 }

@@ -13,7 +13,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use iothread::{
-    Cx, ExitCx, LoopHandle, LoopPolicy, PollPolicy, Port, Sched, Thread, ThreadSpec, VcpuLoop,
+    Cx, ExitCx, LoopHandle, LoopPolicy, PollPolicy, Port, Thread, ThreadSpec, VcpuLoop,
 };
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -73,7 +73,7 @@ impl TestLoop {
     }
 
     fn with(name: &str, policy: LoopPolicy) -> Self {
-        let spec = ThreadSpec { name: name.to_owned(), cpus: None, sched: Sched::Other(0) };
+        let spec = ThreadSpec::new(name);
         let (handle, thread) = iothread::spawn_loop(spec, policy).expect("a loop for a test");
         Self { handle, thread: Some(thread) }
     }

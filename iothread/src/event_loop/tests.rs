@@ -21,7 +21,7 @@ fn log_event(strand: &Strand<Vec<u32>>, n: u32) -> Event<Vec<u32>> {
 
 /// Runs `f` with a loop on a thread of its own, which ends with it.
 fn with_loop<R>(poll: PollPolicy, f: impl FnOnce(&LoopHandle, &Blocking) -> R) -> R {
-    let spec = crate::ThreadSpec { name: "loop".into(), cpus: None, sched: crate::Sched::Other(0) };
+    let spec = crate::ThreadSpec::new("loop");
     let (handle, thread) = crate::spawn_loop(spec, poll).unwrap();
     let result = f(&handle, &Blocking::on_this_thread().unwrap());
     handle.stop();

@@ -39,7 +39,7 @@ pub(super) fn strand<T: Send + 'static>(home: &LoopHandle, object: T) -> Strand<
 }
 
 fn spec(name: &str) -> ThreadSpec {
-    ThreadSpec { name: name.to_owned(), cpus: None, sched: Sched::Other(0) }
+    ThreadSpec::new(name)
 }
 
 pub(super) fn start(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<Thread> {
@@ -146,7 +146,7 @@ impl LoopThread {
         sched: Sched,
         poll: PollPolicy,
     ) -> io::Result<Self> {
-        let spec = ThreadSpec { name: "loop".to_owned(), cpus, sched };
+        let spec = ThreadSpec { cpus, sched, ..ThreadSpec::new("loop") };
         let (handle, thread) = iothread::spawn_loop(spec, poll)?;
         let refused = thread.granted.refused.first().map(ToString::to_string);
         let this = Self { handle, thread: Some(thread) };
