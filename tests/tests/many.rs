@@ -65,19 +65,16 @@ fn apic_ids_above_255_in_a_machine_of_150_vcpus() {
 }
 
 #[test]
-#[ignore = "takes long; cargo test -p tests --test many -- --ignored"]
 fn five_hundred_and_twelve_vcpus() {
     check_cores(512, "io0", 32);
 }
 
 #[test]
-#[ignore = "takes long; cargo test -p tests --test many -- --ignored"]
 fn one_thousand_and_twenty_four_vcpus() {
     check_cores(1024, "io0", 16);
 }
 
 #[test]
-#[ignore = "takes long; cargo test -p tests --test many -- --ignored"]
 fn one_thousand_and_twenty_four_vcpus_that_serve_themselves() {
     check_cores(1024, "vcpu", 16);
 }

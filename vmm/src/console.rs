@@ -19,7 +19,8 @@ use devices::legacy::{PowerPorts, Serial};
 
 use crate::demotions::Demotions;
 use crate::ending::{End, Ending};
-use crate::machine::{HostError, Machine};
+use crate::host_error::HostError;
+use crate::machine::Machine;
 use crate::resources::Resources;
 use crate::terminal::{Signals, output, say};
 use crate::watchdog::Watchdog;

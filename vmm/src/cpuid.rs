@@ -1,5 +1,6 @@
 //! What the guest is told about its CPUs (Intel SDM vol. 2, CPUID; AMD APM vol. 3, appendix E).
 
+use config::plan::{self, Plan};
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
 /// Counts per level; their product is the number of vCPUs.
@@ -11,6 +12,14 @@ pub struct Topology {
     pub cores: u32,
     /// Threads in a core.
     pub threads: u32,
+}
+
+impl Topology {
+    /// What the guest is told about its CPUs.
+    pub fn of(plan: &Plan) -> Self {
+        let plan::Topology { dies, cores, threads, .. } = plan.machine.topology;
+        Self { dies, cores, threads }
+    }
 }
 
 /// Bits an id of `count` siblings takes.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use devices::power::{Power, PowerRequest};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::machine::HostError;
+use crate::host_error::HostError;
 
 /// Why a run ended.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use devices::irq::{MsiSender, SharedLine};
 use devices::pci::{BarSpace, PciRoot, Room, RootPort};
 
-use crate::machine::HostError;
+use crate::host_error::HostError;
 
 /// Addresses for BARs behind each port, for either kind of BAR. The largest virtio device takes 64
 /// KiB; Linux would give a port without windows just as much.
@@ -13,7 +13,7 @@ const WINDOW: u64 = 2 << 20;
 
 /// Adds `count` empty root ports to `root`, at most 31. They come after the devices of the file, so
 /// that the places of those do not depend on the number of slots. `lines` are the wires of the
-/// interrupt pins, from the first of [`PciRoot::line_of`].
+/// interrupt pins, [`PciRoot::LINES`].
 ///
 /// # Errors
 /// If the bus is full, or `space` has too little room for the windows.
@@ -33,7 +33,7 @@ pub fn ports(
         let room = Room { secondary: number, memory: window()?, prefetchable: window()? };
         let port = Arc::new(RootPort::new(&name, number, &room, Arc::clone(msi)));
         let place = root.add_port(&port).map_err(|error| HostError::new(&name, error))?;
-        port.connect_pin(lines[PciRoot::line_of(place.slot()) as usize % lines.len()].pin());
+        port.connect_pin(lines[PciRoot::wire_of(place.slot())].pin());
         Ok(port)
     };
     (1..=count).map(&mut port).collect()

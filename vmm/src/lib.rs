@@ -2,14 +2,17 @@
 
 pub mod acpi;
 pub mod bench;
+pub mod board;
 pub mod boot;
 pub mod cli;
 pub mod console;
 pub mod cpuid;
 pub mod demotions;
 pub mod ending;
+pub mod host_error;
 pub mod hotplug;
 pub mod irq;
+pub mod kvm;
 pub mod limits;
 pub mod machine;
 pub mod memory;
@@ -19,6 +22,7 @@ pub mod report;
 pub mod resources;
 pub mod run;
 pub mod session;
+pub mod smp;
 pub mod stall;
 pub mod terminal;
 pub mod timing;

@@ -4,7 +4,9 @@ use config::plan::Plan;
 use config::{Problem, Severity};
 use kvm_ioctls::Kvm;
 
-use crate::machine::{HostError, open_kvm, topology};
+use crate::cpuid::Topology;
+use crate::host_error::HostError;
+use crate::kvm;
 
 /// Refuses vCPUs that this KVM cannot have.
 pub fn check(kvm: &Kvm, apic_ids: &[u32]) -> Result<(), HostError> {
@@ -14,8 +16,8 @@ pub fn check(kvm: &Kvm, apic_ids: &[u32]) -> Result<(), HostError> {
 /// What this host's KVM has against `plan`, for `heddle check --host`. Says nothing of a KVM that
 /// cannot be opened: the check of /dev/kvm itself has that.
 pub fn problem(plan: &Plan) -> Option<Problem> {
-    let kvm = open_kvm().ok()?;
-    let message = check(&kvm, &topology(plan).apic_ids(plan.vcpus.len())).err()?.to_string();
+    let kvm = kvm::open().ok()?;
+    let message = check(&kvm, &Topology::of(plan).apic_ids(plan.vcpus.len())).err()?.to_string();
     Some(Problem { code: "H06", severity: Severity::Error, message, hint: None })
 }
 

@@ -29,7 +29,7 @@ use vm_memory::{
     GuestRegionMmap,
 };
 
-use crate::machine::HostError;
+use crate::host_error::HostError;
 use crate::resources::Fallback;
 
 /// ACPI tables and what the boot protocol hands over; reserved in the guest's memory map.

@@ -19,7 +19,7 @@ use devices::virtio::Mem;
 use iothread::{Granted, Thread, ThreadSpec};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::machine::HostError;
+use crate::host_error::HostError;
 use crate::memory::{guest_ranges, host_slice};
 use crate::resources::{Fallback, cpu_ids};
 use crate::terminal;

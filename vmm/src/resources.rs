@@ -12,11 +12,13 @@ use std::time::Duration;
 use config::CpuSet;
 use config::plan::{self, Disk, DiskSource, Plan};
 use devices::block::raw::{Engine, Options, RawImage};
+use devices::virtio::seat::Placement;
 use iothread::{
     Blocking, Granted, LoopHandle, LoopPolicy, PollPolicy, Ring, Sched, Thread, ThreadSpec,
 };
 
-use crate::machine::{HostError, ThreadInfo};
+use crate::host_error::HostError;
+use crate::machine::ThreadInfo;
 use crate::stall::Stall;
 use crate::verdict;
 
@@ -69,6 +71,16 @@ impl Resources {
             granted: thread.granted.clone(),
             counters: Arc::clone(handle.counters()),
         })
+    }
+
+    /// The threads that these placements name.
+    pub(crate) fn places(&self, placements: &[plan::Placement]) -> Vec<Placement<LoopHandle>> {
+        let handle = |id: plan::ThreadId| self.loops[id.0].0.clone();
+        let place = |placement: &plan::Placement| match *placement {
+            plan::Placement::Loop(id) => Placement::Loop(handle(id)),
+            plan::Placement::Vcpu { home } => Placement::Vcpu { home: handle(home) },
+        };
+        placements.iter().map(place).collect()
     }
 
     /// The loops.

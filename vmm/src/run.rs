@@ -5,7 +5,7 @@ use config::{Host, Severity};
 
 use crate::cli::Run;
 use crate::ending::End;
-use crate::machine::HostError;
+use crate::host_error::HostError;
 use crate::report;
 use crate::session::Session;
 use crate::terminal::colors;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use iothread::ExitCx;
@@ -188,10 +189,17 @@ impl PciRoot {
         ports.iter().find(|port| port.leads_to(address.bus()))?.behind().filter(|_| only_place)
     }
 
-    /// The interrupt input that pin A of the functions in `slot` is wired to: the last eight of the
-    /// IOAPIC in turn.
+    /// The interrupt inputs that pins are wired to: the last eight of the IOAPIC.
+    pub const LINES: Range<u32> = 16..24;
+
+    /// Which of [`Self::LINES`] pin A of the functions in `slot` is wired to, from 0: all in turn.
+    pub const fn wire_of(slot: u8) -> usize {
+        slot as usize % (Self::LINES.end - Self::LINES.start) as usize
+    }
+
+    /// The interrupt input that this wire is.
     pub const fn line_of(slot: u8) -> u32 {
-        16 + slot as u32 % 8
+        Self::LINES.start + Self::wire_of(slot) as u32
     }
 
     /// Reads a register of the function at `address`; all ones where there is none.
