@@ -55,8 +55,7 @@ impl Loops {
         let mut policy = policy(poll);
         let start = |n| {
             policy.shuffle = policy.shuffle.map(|seed| seed.wrapping_add(1));
-            let spec =
-                ThreadSpec { name: format!("loop{n}"), cpus: None, sched: Sched::Other(0) };
+            let spec = ThreadSpec { name: format!("loop{n}"), cpus: None, sched: Sched::Other(0) };
             iothread::spawn_loop(spec, policy).unwrap()
         };
         let (handles, threads) = (0..count).map(start).unzip();
