@@ -66,10 +66,11 @@ impl Loops {
         self.handles.iter().position(|it| it == handle).unwrap()
     }
 
-    /// Waits until all is done that was under way. Nothing moves any more: what the first round
-    /// finds at a former home it sends to the last, where the second finds it.
+    /// Waits until all is done that was under way. Nothing moves any more: at the end of the first
+    /// round nothing is on its way to a home that it was told of before the last move, the second
+    /// sends on to the last home what has arrived at others, and the third finds it there.
     pub fn settle(&self, blocking: &Blocking) {
-        for _ in 0..2 {
+        for _ in 0..3 {
             let round: Vec<_> = self.handles.iter().map(LoopHandle::barrier).collect();
             for reply in round {
                 reply.wait_for(blocking, LIMIT).unwrap().expect("a loop answers");
