@@ -56,11 +56,12 @@ impl Place {
                 return answer.give(());
             }
             let sources = from.detach(&place);
-            // Before anybody can know the new home: what he asks of it comes after this.
-            to.admin(move |event_loop| event_loop.attach(sources));
             place.set(&to);
-            // And the answer only when everybody can know it.
-            to.admin(move |_| answer.give(()));
+            // They follow the strand: the next move may have begun there before they arrive.
+            place.on_home(move |event_loop| {
+                event_loop.attach(sources);
+                answer.give(());
+            });
         });
     }
 
