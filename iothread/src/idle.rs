@@ -50,7 +50,7 @@ impl Idle {
             let node = node.clone();
             Node::new(Task::run(move |cx| match (&fire.value, node.upgrade()) {
                 (Task::Run(fire), _) if cx.local.is_at(at.home()) => fire(cx),
-                (_, Some(node)) => at.home().post_idle(&node),
+                (_, Some(node)) => at.post_idle(&node),
                 _ => {}
             }))
         });
@@ -64,7 +64,7 @@ impl Idle {
         if self.wanted.swap(true, AcqRel) {
             return;
         }
-        self.place.home().post_idle(&self.node);
+        self.place.post_idle(&self.node);
         if let Some((longest, timer)) = &self.at_last {
             timer.arm_at(Instant::now() + *longest);
         }

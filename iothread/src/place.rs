@@ -8,7 +8,8 @@ use std::sync::atomic::Ordering::*;
 use crate::activity::Owner;
 use crate::class::Class;
 use crate::event_loop::EventLoop;
-use crate::handle::LoopHandle;
+use crate::handle::{LoopHandle, Task};
+use crate::inbox::Node;
 use crate::reply::Answer;
 use crate::sync::AtomicPtr;
 
@@ -45,6 +46,17 @@ impl Place {
             true => f(event_loop),
             false => place.on_home(f),
         });
+    }
+
+    /// Queues `node` for when the home loop has nothing else to do.
+    pub(crate) fn post_idle(&self, node: &Arc<Node<Task>>) {
+        let home = self.home();
+        home.post_idle(node);
+        // It is no home any more, and may not have seen the node before it went to sleep: then it
+        // has to pass it on. (The fence of `post_idle` comes before this look.)
+        if self.home() != home {
+            home.wake();
+        }
     }
 
     /// Moves everything to `to`, and answers when it is there. Things that fire meanwhile are
