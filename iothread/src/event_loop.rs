@@ -77,6 +77,8 @@ pub struct EventLoop {
     /// By class: bottom halves taken from the inbox, whose turn has not come yet.
     queued: [Batch<Task>; 3],
     ring_watched: bool,
+    /// Has there been something to do since idle callbacks ran?
+    worked: bool,
     /// Until when the time of this thread has been accounted for.
     accounted: u64,
     vain_turns: u32,
@@ -133,6 +135,7 @@ impl EventLoop {
             due: Vec::new(),
             queued: [Batch::empty(), Batch::empty(), Batch::empty()],
             ring_watched: false,
+            worked: true,
             accounted: now,
             vain_turns: 0,
             done: 0,
@@ -316,6 +319,11 @@ impl EventLoop {
 
     /// Runs what waits for an idle moment, and not what that asks for in its turn.
     fn run_idle(&mut self) {
+        // One that schedules itself again, with a longest delay, keeps the loop from its sleep, but
+        // only to set a timer.
+        if !std::mem::take(&mut self.worked) {
+            return;
+        }
         for node in self.handle.take_idle() {
             self.local.counters.idle_callbacks.add(1);
             run(&node, &mut self.local);
@@ -324,6 +332,7 @@ impl EventLoop {
     }
 
     fn sleep(&mut self, began: u64) {
+        self.worked = true;
         if let Clock::Virtual(now) = &mut self.local.clock {
             self.readiness.look();
             *now = self.timers.next().unwrap_or(*now).max(*now);
@@ -331,6 +340,7 @@ impl EventLoop {
         }
         let now = self.local.look();
         self.account(now, |counters| &counters.busy_ns);
+        self.spins_no_more();
         self.timers.set_alarm(now);
         if self.handle.falls_asleep() {
             self.local.counters.sleeps.add(1);
@@ -342,7 +352,6 @@ impl EventLoop {
         let woke = self.local.look();
         self.account(woke, |counters| &counters.sleep_ns);
         self.polling.waited(Duration::from_nanos(woke - began));
-        self.vain_turns = 0;
     }
 
     fn account(&mut self, now: u64, to: impl Fn(&Counters) -> &Counter) {
@@ -440,7 +449,10 @@ impl EventLoop {
 
     /// Before something of a class that is not urgent: whatever is.
     fn run_urgent(&mut self, before: Class) {
-        if before == Class::Realtime || !self.handle.has_urgent_mail() {
+        let waits = || {
+            !self.queued[Class::Realtime as usize].is_empty() || self.handle.has_urgent_mail()
+        };
+        if before == Class::Realtime || !waits() {
             return;
         }
         for _ in 0..URGENT_BUDGET {
@@ -452,6 +464,10 @@ impl EventLoop {
 
     fn run_bottom_half(&mut self, node: &Arc<Node<Task>>) {
         self.local.counters.bottom_halves.add(1);
+        if let Task::Arm(f) = &node.value {
+            return f(self);
+        }
+        self.worked = true;
         match &node.value {
             Task::Admin(f) => f(self),
             _ => run(node, &mut self.local),
@@ -470,6 +486,12 @@ impl EventLoop {
         }
     }
 
+    fn spins_no_more(&mut self) {
+        if std::mem::take(&mut self.vain_turns) >= VAIN_TURNS {
+            self.local.counters.activity.spins(None);
+        }
+    }
+
     /// Notices when the loop turns in circles.
     fn note_progress(&mut self) {
         let counters = &self.local.counters;
@@ -478,11 +500,9 @@ impl EventLoop {
         let done = [fd_events, timers, ring_completions, requests, completions];
         let done = done.iter().fold(0, |sum: u64, counter| sum.wrapping_add(counter.get()));
         if done != self.done {
-            if self.vain_turns >= VAIN_TURNS {
-                counters.activity.spins(None);
-            }
-            (self.done, self.vain_turns) = (done, 0);
-            return;
+            self.worked = true;
+            self.done = done;
+            return self.spins_no_more();
         }
         self.vain_turns = self.vain_turns.saturating_add(1);
         if self.vain_turns == VAIN_TURNS {

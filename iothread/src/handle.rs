@@ -23,6 +23,8 @@ pub(crate) enum Task {
     Visit { serve: Box<dyn Fn(&mut Cx<'_>) + Send + Sync>, let_go: Box<dyn Fn() + Send + Sync> },
     /// A change to the loop itself.
     Admin(Box<dyn Fn(&mut EventLoop) + Send + Sync>),
+    /// The same, but only a timer: after it, the loop is as idle as before.
+    Arm(Box<dyn Fn(&mut EventLoop) + Send + Sync>),
 }
 
 impl Task {

@@ -47,7 +47,7 @@ impl Timer {
         let armed = Arc::clone(&alarm);
         let rearm = Arc::new_cyclic(|rearm: &std::sync::Weak<Node<Task>>| {
             let rearm = rearm.clone();
-            Node::new(Task::Admin(Box::new(move |event_loop: &mut EventLoop| {
+            Node::new(Task::Arm(Box::new(move |event_loop: &mut EventLoop| {
                 if event_loop.is(armed.place.home()) {
                     event_loop.timers.insert(&armed);
                 } else if let Some(rearm) = rearm.upgrade() {
