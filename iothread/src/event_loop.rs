@@ -449,9 +449,8 @@ impl EventLoop {
 
     /// Before something of a class that is not urgent: whatever is.
     fn run_urgent(&mut self, before: Class) {
-        let waits = || {
-            !self.queued[Class::Realtime as usize].is_empty() || self.handle.has_urgent_mail()
-        };
+        let waits =
+            || !self.queued[Class::Realtime as usize].is_empty() || self.handle.has_urgent_mail();
         if before == Class::Realtime || !waits() {
             return;
         }

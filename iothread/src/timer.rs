@@ -149,6 +149,11 @@ impl Timers {
         !self.heap.is_empty() && self.next().is_some_and(|deadline| deadline <= now)
     }
 
+    #[cfg(all(test, not(loom)))]
+    pub(crate) fn len(&self) -> usize {
+        self.heap.len()
+    }
+
     /// The next timer that is due at `now`: its deadline and its task. It is off afterwards.
     pub(crate) fn pop_due(&mut self, now: u64) -> Option<Due> {
         while self.due(now) {

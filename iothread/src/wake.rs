@@ -55,6 +55,11 @@ impl Wake {
         announce(|| self.0.store(ASLEEP, Relaxed), idle)
     }
 
+    #[cfg(all(test, not(loom)))]
+    pub(crate) fn is_asleep(&self) -> bool {
+        self.0.load(Acquire) == ASLEEP
+    }
+
     /// The loop sleeps no more, whatever ended it.
     pub(crate) fn woke_up(&self) {
         self.0.store(AWAKE, Relaxed);
