@@ -211,6 +211,11 @@ impl EventLoop {
         self.pollers.retain(|it| !Arc::ptr_eq(it, peeked));
     }
 
+    #[cfg(all(test, loom))]
+    pub(crate) fn count_pollers(&self) -> usize {
+        self.pollers.len()
+    }
+
     /// Lets go of what belongs to `place`, which is moving away.
     pub(crate) fn detach(&mut self, place: &Arc<Place>) -> Sources {
         let is_its = |it: &mut Arc<Peeked>| Arc::ptr_eq(&it.place, place);

@@ -24,7 +24,6 @@ pub struct Idle {
     place: Arc<Place>,
 }
 
-#[derive(Default)]
 struct Shared {
     wanted: AtomicBool,
     /// Fires when the loop has found no time for so long.
@@ -43,7 +42,8 @@ impl Idle {
         longest: Option<Duration>,
         callback: impl Fn(&mut T, &mut Cx<'_>) + Send + Sync + 'static,
     ) -> Self {
-        let shared: Arc<Shared> = Arc::default();
+        let wanted = AtomicBool::new(false);
+        let shared = Arc::new(Shared { wanted, at_last: OnceLock::new() });
         let asked = Arc::downgrade(&shared);
         let event = strand.event(move |object, cx| {
             let Some(shared) = asked.upgrade() else { return Progress::Idle };
