@@ -113,7 +113,8 @@ fn there_and_back() {
     let model = Model::new();
     let (from, to) = (model.from.handle(), model.to.handle());
     let event = model.event(0, 0, Progress::Idle);
-    let poller = event.on_poll(|| false, &event);
+    // Not dropped when the model fails: that would ask loom for something.
+    let poller = std::mem::ManuallyDrop::new(event.on_poll(|| false, &event));
     let place = Arc::clone(event.place());
     let (stop, left) = (Arc::new(model.stop()), Arc::new(AtomicUsize::new(2)));
     // Where a move ends is looked at once both have been answered.
@@ -122,8 +123,10 @@ fn there_and_back() {
         move |_: &mut EventLoop| {
             if left.fetch_sub(1, Relaxed) == 1 {
                 place.on_home(move |home| {
-                    assert_eq!(home.count_pollers(), 1, "the poller is left behind");
-                    stop();
+                    // Without it nobody ends the loops.
+                    if home.count_pollers() == 1 {
+                        stop();
+                    }
                 });
             }
         }
@@ -134,7 +137,7 @@ fn there_and_back() {
         place.relocate(&to, first);
         thread::spawn(move || place.relocate(&from, second));
     });
-    drop(poller);
+    drop(std::mem::ManuallyDrop::into_inner(poller));
 }
 
 #[test]
@@ -169,7 +172,7 @@ fn a_visit_that_is_not_passed_on_is_lost() {
 #[test]
 fn sources_that_stay_where_they_were_sent_are_left_behind() {
     let fault = Swapped("sources stay where they were sent");
-    fails(PREEMPTIONS, there_and_back, fault, "left behind");
+    fails(PREEMPTIONS, there_and_back, fault, LOST);
 }
 
 #[test]
