@@ -81,6 +81,8 @@ pub struct EventLoop {
     /// By class: bottom halves taken from the inbox, whose turn has not come yet.
     queued: [Batch<Task>; 3],
     ring_watched: bool,
+    /// Has there been something to do since idle callbacks ran?
+    worked: bool,
     /// Until when the time of this thread has been accounted for.
     accounted: u64,
     /// When the file descriptors were last looked at.
@@ -139,6 +141,7 @@ impl EventLoop {
             due: Vec::new(),
             queued: [Batch::empty(), Batch::empty(), Batch::empty()],
             ring_watched: false,
+            worked: true,
             accounted: now,
             looked: 0,
             vain_turns: 0,
@@ -213,6 +216,11 @@ impl EventLoop {
 
     pub(crate) fn look_away_from(&mut self, peeked: &Arc<Peeked>) {
         self.pollers.retain(|it| !Arc::ptr_eq(it, peeked));
+    }
+
+    #[cfg(all(test, loom))]
+    pub(crate) fn count_pollers(&self) -> usize {
+        self.pollers.len()
     }
 
     /// Lets go of what belongs to `place`, which is moving away.
@@ -331,6 +339,11 @@ impl EventLoop {
 
     /// Runs what waits for an idle moment, and not what that asks for in its turn.
     fn run_idle(&mut self) {
+        // One that schedules itself again, with a longest delay, keeps the loop from its sleep, but
+        // only to set a timer.
+        if !std::mem::take(&mut self.worked) {
+            return;
+        }
         for node in self.handle.take_idle() {
             self.local.counters.idle_callbacks.add(1);
             run(&node, &mut self.local);
@@ -339,14 +352,17 @@ impl EventLoop {
     }
 
     fn sleep(&mut self, began: u64) {
+        self.worked = true;
         if let Clock::Virtual(now) = &mut self.local.clock {
             self.readiness.look();
             *now = self.timers.next().unwrap_or(*now).max(*now);
+            self.local.look();
             return;
         }
         // What came after the last look at the clock did not take long.
         let now = self.local.now;
         self.account(now, |counters| &counters.busy_ns);
+        self.spins_no_more();
         self.timers.set_alarm(now);
         if self.handle.falls_asleep() {
             self.local.counters.sleeps.add(1);
@@ -359,7 +375,6 @@ impl EventLoop {
         self.looked = woke;
         self.account(woke, |counters| &counters.sleep_ns);
         self.polling.waited(Duration::from_nanos(woke - began));
-        self.vain_turns = 0;
     }
 
     fn account(&mut self, now: u64, to: impl Fn(&Counters) -> &Counter) {
@@ -461,7 +476,9 @@ impl EventLoop {
 
     /// Before something of a class that is not urgent: whatever is.
     fn run_urgent(&mut self, before: Class) {
-        if before == Class::Realtime || !self.handle.has_urgent_mail() {
+        let waits =
+            || !self.queued[Class::Realtime as usize].is_empty() || self.handle.has_urgent_mail();
+        if before == Class::Realtime || !waits() {
             return;
         }
         for _ in 0..URGENT_BUDGET {
@@ -473,6 +490,10 @@ impl EventLoop {
 
     fn run_bottom_half(&mut self, node: &Arc<Node<Task>>) {
         self.local.counters.bottom_halves.add(1);
+        if let Task::Arm(f) = &node.value {
+            return f(self);
+        }
+        self.worked = true;
         match &node.value {
             Task::Admin(f) => {
                 f(self);
@@ -494,6 +515,12 @@ impl EventLoop {
         }
     }
 
+    fn spins_no_more(&mut self) {
+        if std::mem::take(&mut self.vain_turns) >= VAIN_TURNS {
+            self.local.counters.activity.spins(None);
+        }
+    }
+
     /// Notices when the loop turns in circles.
     fn note_progress(&mut self) {
         let counters = &self.local.counters;
@@ -502,11 +529,9 @@ impl EventLoop {
         let done = [fd_events, timers, ring_completions, requests, completions];
         let done = done.iter().fold(0, |sum: u64, counter| sum.wrapping_add(counter.get()));
         if done != self.done {
-            if self.vain_turns >= VAIN_TURNS {
-                counters.activity.spins(None);
-            }
-            (self.done, self.vain_turns) = (done, 0);
-            return;
+            self.worked = true;
+            self.done = done;
+            return self.spins_no_more();
         }
         self.vain_turns = self.vain_turns.saturating_add(1);
         if self.vain_turns == VAIN_TURNS {

@@ -24,6 +24,8 @@ pub(crate) enum Task {
     Visit { serve: Box<dyn Fn(&mut Cx<'_>) + Send + Sync>, let_go: Box<dyn Fn() + Send + Sync> },
     /// A change to the loop itself.
     Admin(Box<dyn Fn(&mut EventLoop) + Send + Sync>),
+    /// The same, but only a timer: after it, the loop is as idle as before.
+    Arm(Box<dyn Fn(&mut EventLoop) + Send + Sync>),
 }
 
 impl Task {
@@ -167,13 +169,13 @@ impl LoopHandle {
     /// Queues a node for when the loop has nothing else to do. That alone wakes no loop.
     pub(crate) fn post_idle(&self, node: &Arc<Node<Task>>) {
         self.0.idle.push(node);
-        if let Owed::Removal = self.0.state.posted() {
+        if self.0.state.posted_to_nobody() {
             self.clear();
         }
     }
 
     /// Sees to it that the loop notices what this thread did before.
-    fn wake(&self) {
+    pub(crate) fn wake(&self) {
         match self.0.state.posted() {
             Owed::Nothing => {}
             Owed::Signal => {

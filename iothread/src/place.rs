@@ -8,8 +8,8 @@ use std::sync::atomic::Ordering::*;
 use crate::activity::Owner;
 use crate::class::Class;
 use crate::event_loop::EventLoop;
-use crate::handle::LoopHandle;
-use crate::reply::Answer;
+use crate::handle::{LoopHandle, Task};
+use crate::inbox::Node;
 use crate::sync::AtomicPtr;
 
 /// The home of one strand and of everything that fires its events.
@@ -47,20 +47,46 @@ impl Place {
         });
     }
 
-    /// Moves everything to `to`, and answers when it is there. Things that fire meanwhile are
-    /// passed on by the old home, in their order.
-    pub(crate) fn relocate(self: &Arc<Self>, to: &LoopHandle, answer: Answer<()>) {
+    /// Queues `node` for when the home loop has nothing else to do.
+    pub(crate) fn post_idle(&self, node: &Arc<Node<Task>>) {
+        let home = self.home();
+        home.post_idle(node);
+        // It is no home any more, and may not have seen the node before it went to sleep: then it
+        // has to pass it on. (The fence of `post_idle` comes before this look.)
+        if self.home() != home {
+            home.wake();
+        }
+    }
+
+    /// Moves everything to `to`, and goes on there with `then` when it has arrived. Things that fire
+    /// meanwhile are passed on by the old home, in their order.
+    pub(crate) fn relocate(
+        self: &Arc<Self>,
+        to: &LoopHandle,
+        then: impl FnOnce(&mut EventLoop) + Send + 'static,
+    ) {
         let (place, to) = (Arc::clone(self), to.clone());
         self.on_home(move |from| {
             if from.is(&to) {
-                return answer.give(());
+                return then(from);
             }
             let sources = from.detach(&place);
-            to.admin(move |event_loop| {
+            let arrive = move |event_loop: &mut EventLoop| {
                 event_loop.attach(sources);
-                answer.give(());
-            });
+                then(event_loop);
+            };
+            #[cfg(loom)]
+            if crate::models::asks_for("answer, then set the home") {
+                to.admin(arrive);
+                return place.set(&to);
+            }
             place.set(&to);
+            #[cfg(loom)]
+            if crate::models::asks_for("sources stay where they were sent") {
+                return to.admin(arrive);
+            }
+            // They follow the strand: its next move may have begun there before they arrive.
+            place.on_home(arrive);
         });
     }
 

@@ -42,8 +42,9 @@ impl Shuffle {
     /// Objects change places; changes of the loop itself do not, nor does anything pass them.
     pub(crate) fn batch(&mut self, batch: Batch<Task>) -> Batch<Task> {
         let mut nodes = batch.into_nodes();
-        let is_admin =
-            |node: &std::sync::Arc<crate::inbox::Node<Task>>| matches!(node.value, Task::Admin(_));
+        let is_admin = |node: &std::sync::Arc<crate::inbox::Node<Task>>| {
+            matches!(node.value, Task::Admin(_) | Task::Arm(_))
+        };
         nodes.split_mut(is_admin).for_each(|objects| self.order(objects));
         Batch::from_nodes(nodes)
     }

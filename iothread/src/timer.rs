@@ -47,7 +47,7 @@ impl Timer {
         let armed = Arc::clone(&alarm);
         let rearm = Arc::new_cyclic(|rearm: &std::sync::Weak<Node<Task>>| {
             let rearm = rearm.clone();
-            Node::new(Task::Admin(Box::new(move |event_loop: &mut EventLoop| {
+            Node::new(Task::Arm(Box::new(move |event_loop: &mut EventLoop| {
                 if event_loop.is(armed.place.home()) {
                     event_loop.timers.insert(&armed);
                 } else if let Some(rearm) = rearm.upgrade() {
@@ -147,6 +147,11 @@ impl Timers {
 
     pub(crate) fn due(&mut self, now: u64) -> bool {
         !self.heap.is_empty() && self.next().is_some_and(|deadline| deadline <= now)
+    }
+
+    #[cfg(all(test, not(loom)))]
+    pub(crate) fn len(&self) -> usize {
+        self.heap.len()
     }
 
     /// The next timer that is due at `now`: its deadline and its task. It is off afterwards.

@@ -30,14 +30,24 @@ impl Wake {
 
     /// To be called after whatever the loop is to see.
     pub(crate) fn posted(&self) -> Owed {
-        fence(SeqCst); // pairs with that of `announce`
-        match self.0.load(Relaxed) {
+        match self.after_posting() {
             ASLEEP if self.0.compare_exchange(ASLEEP, AWAKE, AcqRel, Relaxed).is_ok() => {
                 Owed::Signal
             }
             ENDED => Owed::Removal,
             _ => Owed::Nothing,
         }
+    }
+
+    /// To be called after something for which the loop need not wake up. True: there is no loop any
+    /// more, and it is for the caller to take it back.
+    pub(crate) fn posted_to_nobody(&self) -> bool {
+        self.after_posting() == ENDED
+    }
+
+    fn after_posting(&self) -> u8 {
+        fence(SeqCst); // pairs with that of `announce`
+        self.0.load(Relaxed)
     }
 
     /// The loop is going to sleep, unless `idle`, its last look, says no. The same answer.

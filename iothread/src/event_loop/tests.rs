@@ -8,8 +8,32 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::*;
 use crate::{Blocking, Event, Poller, Port, Progress, Strand, Trigger, VcpuLoop};
 
+mod classes;
+mod idle;
+mod progress;
+mod timers;
+
+/// How the loops of a test work: with `HEDDLE_SHUFFLE=SEED`, in an order drawn by lot.
+fn policy(poll: PollPolicy) -> LoopPolicy {
+    let seed = std::env::var("HEDDLE_SHUFFLE").ok();
+    let shuffle = seed.map(|seed| seed.parse().expect("HEDDLE_SHUFFLE is a number"));
+    LoopPolicy { poll, shuffle }
+}
+
 fn event_loop() -> EventLoop {
-    EventLoop::new("test", PollPolicy::OFF).unwrap()
+    EventLoop::new("test", policy(PollPolicy::OFF)).unwrap()
+}
+
+fn in_virtual_time() -> EventLoop {
+    EventLoop::in_virtual_time("test", policy(PollPolicy::OFF)).unwrap()
+}
+
+/// Turns until all that waits now has been done; with the lot, that may take more than one turn.
+fn drain(event_loop: &mut EventLoop) {
+    let mut all = event_loop.handle().barrier();
+    while all.poll() == Ok(None) {
+        event_loop.turn();
+    }
 }
 
 fn log_event(strand: &Strand<Vec<u32>>, n: u32) -> Event<Vec<u32>> {
@@ -22,7 +46,7 @@ fn log_event(strand: &Strand<Vec<u32>>, n: u32) -> Event<Vec<u32>> {
 /// Runs `f` with a loop on a thread of its own, which ends with it.
 fn with_loop<R>(poll: PollPolicy, f: impl FnOnce(&LoopHandle, &Blocking) -> R) -> R {
     let spec = crate::ThreadSpec::new("loop");
-    let (handle, thread) = crate::spawn_loop(spec, poll).unwrap();
+    let (handle, thread) = crate::spawn_loop(spec, policy(poll)).unwrap();
     let result = f(&handle, &Blocking::on_this_thread().unwrap());
     handle.stop();
     thread.join().unwrap();
@@ -126,7 +150,7 @@ fn a_timer_that_was_moved_or_cancelled_fires_once_or_not_at_all() {
 #[test]
 fn an_event_of_a_strand_that_is_gone_does_nothing() {
     // It has nothing to do, and must not sleep for it.
-    let mut event_loop = EventLoop::in_virtual_time("test", PollPolicy::OFF).unwrap();
+    let mut event_loop = in_virtual_time();
     let strand = Strand::new("test", &event_loop.handle(), Vec::new());
     let event = log_event(&strand, 1);
     drop(strand);
@@ -200,7 +224,7 @@ fn a_callback_that_needs_the_home_loop_is_run_there_with_the_strand_held_on_the_
 }
 
 /// Waits for something that other threads will do, without asking them.
-fn eventually(what: &str, done: impl Fn() -> bool) {
+fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let began = Instant::now();
     while !done() {
         assert!(began.elapsed() < Duration::from_secs(20), "never: {what}");
@@ -274,7 +298,7 @@ fn a_message_that_meets_the_loop_on_its_way_to_sleep_wakes_it() {
 #[test]
 fn a_wake_up_that_finds_the_loop_polling_writes_no_eventfd() {
     let poll = PollPolicy { max: Duration::from_secs(3600), ..PollPolicy::OFF };
-    let mut event_loop = EventLoop::new("test", poll).unwrap();
+    let mut event_loop = EventLoop::new("test", policy(poll)).unwrap();
     event_loop.polling = Polling::with_limit(poll, poll.max);
     let strand = Strand::new("test", &event_loop.handle(), Vec::new());
     let event = log_event(&strand, 1);

@@ -15,6 +15,8 @@ mod check;
 #[cfg(test)]
 mod inbox;
 #[cfg(test)]
+mod moves;
+#[cfg(test)]
 mod rearm;
 #[cfg(test)]
 mod strand;
