@@ -7,14 +7,14 @@
 use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
-use vm_memory::GuestMemoryMmap;
+use vmm::acpi::Description;
 use vmm::boot::{Boot, Module, Protocol, Source};
-use vmm::memory;
+use vmm::memory::{self, Backing, GuestMemory};
 
 const MEMORY: u64 = 64 << 20;
 
-static RAM: LazyLock<std::sync::Arc<GuestMemoryMmap>> =
-    LazyLock::new(|| memory::allocate(MEMORY, memory::Backing::Shared).expect("64 MiB"));
+static RAM: LazyLock<GuestMemory> =
+    LazyLock::new(|| memory::allocate(MEMORY, Backing::Shared).expect("64 MiB"));
 
 fuzz_target!(|input: &[u8]| {
     let [protocol, modules, kernel @ ..] = input else { return };
@@ -25,5 +25,13 @@ fuzz_target!(|input: &[u8]| {
         modules: vec![module; usize::from(modules % 4)],
         cmdline: "hello".into(),
     };
-    let _ = boot.load(&RAM, &[0]);
+    let description = Description {
+        apic_ids: &[0],
+        rtc: true,
+        serials: &[0],
+        pci_buses: 1,
+        mmio: &[],
+        nodes: &[],
+    };
+    let _ = boot.load(RAM.mem(), &description);
 });
