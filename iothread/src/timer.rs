@@ -21,6 +21,9 @@ use crate::place::Place;
 /// No deadline.
 const OFF: u64 = 0;
 
+/// So few entries need no sweeping.
+const LEAST_SWEEP: usize = 64;
+
 pub(crate) struct Alarm {
     /// In nanoseconds, so that it fits an atomic.
     deadline: AtomicU64,
@@ -114,6 +117,8 @@ impl Entry {
 pub(crate) struct Timers {
     heap: BinaryHeap<Reverse<Entry>>,
     sequence: u64,
+    /// With more entries, those that no longer count are removed.
+    sweep_at: usize,
     fd: TimerFd,
     /// What the timerfd is set to.
     alarm: u64,
@@ -122,7 +127,7 @@ pub(crate) struct Timers {
 impl Timers {
     pub(crate) fn new() -> io::Result<Self> {
         let fd = TimerFd::new().map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
-        Ok(Self { heap: BinaryHeap::new(), sequence: 0, fd, alarm: OFF })
+        Ok(Self { heap: BinaryHeap::new(), sequence: 0, sweep_at: LEAST_SWEEP, fd, alarm: OFF })
     }
 
     pub(crate) fn insert(&mut self, alarm: &Arc<Alarm>) {
@@ -131,6 +136,11 @@ impl Timers {
             self.sequence += 1;
             let (sequence, alarm) = (self.sequence, Arc::clone(alarm));
             self.heap.push(Reverse(Entry { deadline, sequence, alarm }));
+            // One that is armed again and again leaves its old entries behind.
+            if self.heap.len() > self.sweep_at {
+                self.heap.retain(|Reverse(entry)| entry.is_current());
+                self.sweep_at = LEAST_SWEEP.max(2 * self.heap.len());
+            }
         }
     }
 

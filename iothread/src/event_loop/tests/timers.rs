@@ -95,3 +95,24 @@ fn no_arming_from_another_thread_is_lost() {
 fn no_arming_of_a_million_is_lost() {
     arms_from_another_thread(1_000_000);
 }
+
+#[test]
+fn a_timer_that_is_armed_again_and_again_is_one_timer() {
+    let mut event_loop = in_virtual_time();
+    let strand = Strand::new("test", &event_loop.handle(), Vec::new());
+    let (moved, kept) = (log_event(&strand, 1).timer(), log_event(&strand, 2).timer());
+    let (began, hour) = (event_loop.now(), Duration::from_secs(3600));
+    kept.arm_at(began + hour);
+    for n in 0..10_000 {
+        moved.arm_at(began + hour + Duration::from_nanos(n));
+        event_loop.readiness.look();
+        event_loop.dispatch_bottom_halves();
+        assert!(event_loop.timers.len() <= 130, "{} entries", event_loop.timers.len());
+    }
+    while event_loop.handle().counters().timers.get() < 2 {
+        event_loop.turn();
+    }
+    let mut log = strand.call(|log, _| log.clone());
+    drain(&mut event_loop);
+    assert_eq!(log.poll(), Ok(Some(vec![2, 1])));
+}
