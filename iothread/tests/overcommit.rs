@@ -7,7 +7,8 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use iothread::{
-    Event, LoopHandle, PollPolicy, Progress, Strand, ThreadSpec, available_cpus, spawn_loop,
+    Counters, Event, LoopHandle, PollPolicy, Progress, Strand, ThreadSpec, available_cpus,
+    spawn_loop,
 };
 
 /// All on one CPU.
@@ -60,12 +61,10 @@ fn loops_that_poll_on_one_cpu_do_not_keep_each_other_from_it() {
     events[0].schedule();
     let in_time = finished.recv_timeout(PATIENCE);
     assert!(in_time.is_ok(), "{} of {HOPS} hops", hops.load(Relaxed));
-    let counters = loops.iter().map(|(home, _)| home.counters());
-    let (pauses, polls) = counters.fold((0, 0), |(pauses, polls), counters| {
-        let looked = counters.poll_hits.get() + counters.poll_misses.get();
-        (pauses + counters.poll_pauses.get(), polls + looked)
-    });
-    assert!(pauses > 0 || polls < HOPS / 10, "{polls} polls, none given up");
+    let polls = |counters: &Counters| counters.poll_hits.get() + counters.poll_misses.get();
+    let polls: u64 = loops.iter().map(|(home, _)| polls(home.counters())).sum();
+    // Most of them, if nobody gave way: the one that polls has the CPU that the others need.
+    assert!(polls < HOPS / 4, "{polls} polls for {HOPS} hops");
     for (home, thread) in loops {
         home.stop();
         thread.join().unwrap();
