@@ -48,6 +48,11 @@ fn check_cores(vcpus: u64, place: &str, requests: u32) {
 }
 
 #[test]
+fn two_hundred_and_fifty_five_vcpus() {
+    check_cores(255, "io0", 64);
+}
+
+#[test]
 fn two_hundred_and_eighty_eight_vcpus() {
     check_cores(288, "io0", 64);
 }
