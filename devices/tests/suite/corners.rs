@@ -93,8 +93,10 @@ fn a_request_found_at_the_last_look_before_sleep_is_submitted_again_when_the_rin
             Submitted::Done(512)
         }
     });
-    // It polls in principle, but never long enough to find anything.
-    let home = TestLoop::new("io0", PollPolicy { max: Duration::from_nanos(1), ..PollPolicy::OFF });
+    // It polls in principle, but never long enough to find anything. What is lined up below, of two
+    // objects, has to stay so.
+    let home =
+        TestLoop::in_order("io0", PollPolicy { max: Duration::from_nanos(1), ..PollPolicy::OFF });
     let mut rig = Rig::new(VIA, blk, Placement::Loop(home.handle.clone()), memory(4 << 20));
     rig.start(64, F_VERSION_1);
     let blocking = Blocking::on_this_thread().unwrap();
