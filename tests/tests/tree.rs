@@ -159,6 +159,18 @@ fn every_thread_is_made_by_one_spawner() {
 }
 
 #[test]
+fn no_device_gets_on_by_looking_now_and_then() {
+    // Everything has somebody who says when to go on: a kick, a completion, a message.
+    for path in sources(&root().join("devices/src")) {
+        let source = fs::read_to_string(&path).unwrap();
+        for wait in [".timer()", ".idle("] {
+            let at = path.display();
+            assert!(!source.contains(wait), "{at}: {wait}, see docs/loop.md, B3");
+        }
+    }
+}
+
+#[test]
 fn making_a_thread_is_seen_in_product_code_only() {
     let source = "// thread::spawn\niothread::spawn(\nstd::thread::Builder::new()\n#[cfg(test)]\nmod tests {\n\
         std::thread::scope(";
