@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use config::plan::Plan;
 use iothread::ThreadSpec;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use crate::boot;
 use crate::cpuid::{self, Topology};
@@ -17,6 +17,9 @@ use crate::host_error::HostError;
 use crate::machine::ThreadInfo;
 use crate::resources::{Fallback, cpu_ids, join, refusals, sched, worker_cpus};
 use crate::vcpu::{self, Vcpu};
+
+/// The first APIC id that xAPIC mode cannot have: there, 255 is all CPUs.
+const FIRST_WIDE_ID: u32 = 255;
 
 /// How long a vCPU may take to leave the guest and end.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
@@ -54,11 +57,15 @@ impl Maker<'_> {
         let spec = ThreadSpec { cpus, sched, runaway, ..ThreadSpec::new(format!("vcpu{nth}")) };
         let (vm, supported) = (Arc::clone(self.vm), Arc::clone(&self.supported));
         let topology = Topology::of(self.plan);
+        let wide_ids = self.apic_ids.last() >= Some(&FIRST_WIDE_ID);
         let elsewhere = vcpu.cpus.is_some().then(|| worker_cpus(None, &self.plan.vcpus));
         let make = move || {
             let mut fd = vm.create_vcpu(apic_id.into()).map_err(ioctl("KVM_CREATE_VCPU"))?;
             let cpuid = cpuid::for_vcpu(&supported, topology, apic_id);
             fd.set_cpuid2(&cpuid).map_err(ioctl("KVM_SET_CPUID2"))?;
+            if wide_ids {
+                enter_x2apic_mode(&fd)?;
+            }
             if let Some(entry) = entry {
                 entry.enter(&fd).map_err(ioctl("KVM_SET_SREGS"))?;
                 elsewhere.iter().for_each(|cpus| vcpu::make_threads_of_kvm(&mut fd, cpus));
@@ -152,6 +159,15 @@ impl Smp {
         }
         Ok(())
     }
+}
+
+/// Firmware does this if there are ids that xAPIC mode cannot have, and Linux ignores CPUs with such
+/// ids if it did not (Intel SDM vol. 3, 11.12.5).
+fn enter_x2apic_mode(vcpu: &VcpuFd) -> io::Result<()> {
+    const EXTD: u64 = 1 << 10;
+    let mut sregs = vcpu.get_sregs().map_err(ioctl("KVM_GET_SREGS"))?;
+    sregs.apic_base |= EXTD;
+    vcpu.set_sregs(&sregs).map_err(ioctl("KVM_SET_SREGS"))
 }
 
 /// Says which request to KVM failed.
