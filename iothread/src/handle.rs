@@ -121,25 +121,35 @@ impl LoopHandle {
         self.wake();
     }
 
-    /// What [`wants_bell`](Self::wants_bell) asks for is done by this, on the loop's thread. It must
-    /// not wait. Only the first one counts.
+    /// What is to be done, on the loop's thread, when it wakes up after
+    /// [`all_sleep`](Self::all_sleep) has said that it sleeps. It must not wait. Only the first one
+    /// counts.
     pub fn on_bell(&self, ring: impl Fn() + Send + Sync + 'static) {
         let _ = self.0.bell.ring.set(Box::new(ring));
     }
 
-    /// Rings once when the loop sleeps no more, so that who watches it can sleep as long as it
-    /// does. False: it does not sleep now, and will not ring for this either.
-    pub fn wants_bell(&self) -> bool {
-        let Shared { bell, state, .. } = &*self.0;
-        bell.wanted.store(true, Release);
-        (every_thread_orders_its_memory() && state.is_asleep()) || !bell.wanted.swap(false, AcqRel)
+    /// Do all of these loops sleep? Then each rings its bell once when it sleeps no more, so that
+    /// who watches them can sleep as long as they do. (If not, one that wakes up meanwhile may ring
+    /// for nothing.)
+    pub fn all_sleep(loops: &[Self]) -> bool {
+        let wanted = |handle: &Self| handle.0.bell.wanted.load(Acquire);
+        if loops.iter().all(wanted) {
+            return true; // they did when they were asked, and none has rung
+        }
+        loops.iter().for_each(|handle| handle.0.bell.wanted.store(true, Release));
+        let asleep = every_thread_orders_its_memory()
+            && loops.iter().all(|handle| handle.0.state.is_asleep());
+        if !asleep {
+            loops.iter().for_each(|handle| handle.0.bell.wanted.store(false, Release));
+        }
+        asleep
     }
 
     /// The loop sleeps no more.
     pub(crate) fn woke_up(&self) {
         let Shared { bell, state, .. } = &*self.0;
         state.woke_up();
-        // Pairs with the call in `wants_bell`, which costs the loop nothing.
+        // Pairs with the call in `all_sleep`, which costs the loop nothing.
         compiler_fence(SeqCst);
         if bell.wanted.load(Relaxed) && bell.wanted.swap(false, AcqRel) {
             bell.ring.get().inspect(|ring| ring());

@@ -46,7 +46,7 @@ impl Watchdog {
 
     /// How long until it wants to look; `None`: all loops sleep, and one that wakes up will say so.
     pub fn wait(&mut self, now: Instant) -> Option<Duration> {
-        if self.next.is_none() && self.loops.iter().any(|handle| !handle.wants_bell()) {
+        if self.next.is_none() && !LoopHandle::all_sleep(&self.loops) {
             self.next = Some(now + PERIOD);
         }
         self.next.map(|next| next.saturating_duration_since(now))

@@ -156,3 +156,19 @@ fn the_times_of_a_loop_add_up_to_the_time_that_passed() {
         assert!(counters.busy_ns.get() > 0 && counters.sleep_ns.get() > 0);
     });
 }
+
+#[test]
+fn a_loop_that_is_said_to_sleep_rings_when_it_wakes_up() {
+    with_loop(PollPolicy::OFF, |home, _| {
+        let (ring, rings) = channel();
+        home.on_bell(move || ring.send(()).unwrap());
+        let loops = [home.clone()];
+        let asleep = || eventually("the loop sleeps", || LoopHandle::all_sleep(&loops));
+        for _ in 0..1_000 {
+            asleep();
+            assert!(LoopHandle::all_sleep(&loops), "nothing has woken it");
+            home.wake();
+            rings.recv().unwrap();
+        }
+    });
+}
