@@ -3,10 +3,12 @@
 //! The time adapts to how long the loop really had to wait: a wait that polling could have
 //! covered makes it grow, a wait longer than the limit makes it shrink. These are the rules and
 //! defaults QEMU users know as `poll-max-ns`, `poll-grow` and `poll-shrink`. Two things more bound
-//! it: a share of the CPU, and the end of all polling for a while when the kernel had to take the
-//! CPU away for somebody else.
+//! it: a share of the CPU, and the end of all polling for a while when the kernel has to take the
+//! CPU away for somebody else again and again.
 
 use std::time::Duration;
+
+use crate::thread::switches;
 
 /// The first step of growing from zero.
 const FIRST: Duration = Duration::from_micros(4);
@@ -14,8 +16,14 @@ const FIRST: Duration = Duration::from_micros(4);
 /// The CPU share is kept in every window of this length.
 const WINDOW_NS: u64 = 10_000_000;
 
+/// Others want the CPU if the kernel has taken it away so often in such a window. A thread that
+/// competes is preempted at the end of each slice, some 3 ms; one that is left alone still gives
+/// way to the kernel's own threads now and then.
+const CONTENTION_WINDOW_NS: u64 = 50_000_000;
+const CONTENDED: u64 = 4;
+
 /// How long there is no polling after the CPU was wanted by others; doubled while it still is.
-const FIRST_PAUSE_NS: u64 = WINDOW_NS;
+const FIRST_PAUSE_NS: u64 = CONTENTION_WINDOW_NS;
 const LONGEST_PAUSE_NS: u64 = 1_000_000_000;
 
 /// `poll = { max, grow, shrink, share }` of a thread.
@@ -66,7 +74,7 @@ impl Polling {
     pub(crate) fn limit(&mut self, now: u64) -> Duration {
         let may = !self.limit.is_zero()
             && self.has_share(now)
-            && !self.contention.forbids(now, involuntary_switches);
+            && !self.contention.forbids(now, || switches().involuntary);
         if may { self.limit } else { Duration::ZERO }
     }
 
@@ -128,11 +136,11 @@ impl Contention {
         }
         match self.window {
             None => self.window = Some((now, switches())),
-            Some((began, _)) if now - began < WINDOW_NS => {}
+            Some((began, _)) if now - began < CONTENTION_WINDOW_NS => {}
             Some((_, before)) => {
                 let taken = switches();
                 self.window = Some((now, taken));
-                if taken == before {
+                if taken - before < CONTENDED {
                     self.pause = 0;
                 } else {
                     self.pause = (2 * self.pause).clamp(FIRST_PAUSE_NS, LONGEST_PAUSE_NS);
@@ -144,17 +152,6 @@ impl Contention {
         }
         now < self.until
     }
-}
-
-#[expect(unsafe_code, reason = "getrusage of one thread")]
-fn involuntary_switches() -> u64 {
-    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
-    // SAFETY: the kernel writes one rusage, for which zeros are a value too.
-    let usage = unsafe {
-        libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
-        usage.assume_init()
-    };
-    usage.ru_nivcsw as u64
 }
 
 #[cfg(all(test, not(loom)))]
@@ -216,19 +213,21 @@ mod tests {
     fn polling_pauses_longer_and_longer_while_others_want_the_cpu_and_then_goes_on() {
         let mut contention = Contention::default();
         let mut now = 1;
-        let mut polled_ms = |wanted: bool, switches: &mut u64| {
+        // Of two seconds in which the CPU is taken away so many times in 50 ms.
+        let mut polled_ms = |taken: u64, switches: &mut u64| {
             let mut polled = 0;
-            for _ in 0..2_000 {
+            for ms in 0..2_000 {
                 now += 1_000_000;
-                *switches += u64::from(wanted);
+                *switches += taken * (ms + 1) / 50 - taken * ms / 50;
                 polled += u32::from(!contention.forbids(now, || *switches));
             }
             polled
         };
         let mut switches = 7;
-        assert!(polled_ms(false, &mut switches) > 1_990);
-        let contended = polled_ms(true, &mut switches);
-        assert!(contended < 200, "{contended} of 2000 ms");
-        assert!(polled_ms(false, &mut switches) > 900);
+        assert_eq!(polled_ms(0, &mut switches), 2_000);
+        assert_eq!(polled_ms(CONTENDED - 1, &mut switches), 2_000, "the kernel's own threads");
+        let contended = polled_ms(15, &mut switches);
+        assert!(contended < 400, "{contended} of 2000 ms");
+        assert!(polled_ms(0, &mut switches) > 900);
     }
 }

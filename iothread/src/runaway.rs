@@ -19,13 +19,13 @@ use std::cell::Cell;
 use std::io;
 use std::mem;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering::*};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::*};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::thread::set_timer_slack;
+use crate::thread::{set_timer_slack, switches};
 
 thread_local! {
     /// The guard of this thread, or null.
@@ -46,7 +46,7 @@ pub struct Guard {
     limit: Duration,
     demoted: AtomicBool,
     /// Voluntary context switches when its thread looked last.
-    blocked: AtomicI64,
+    blocked: AtomicU64,
 }
 
 impl Guard {
@@ -63,7 +63,7 @@ impl Guard {
     /// The calling thread, which is the guarded one, has used `limit` once more. Only system calls
     /// and atomics: this runs in a signal handler.
     fn look(&self) {
-        let blocked = voluntary_switches();
+        let blocked = switches().voluntary;
         if blocked != self.blocked.swap(blocked, Relaxed) || self.demoted.load(Relaxed) {
             return;
         }
@@ -79,16 +79,6 @@ impl Guard {
             // One write(2); an eventfd refuses only when it is readable anyway.
             let _ = bell.write(1);
         }
-    }
-}
-
-/// Times the calling thread has given up its CPU to wait for something.
-fn voluntary_switches() -> i64 {
-    let mut usage = mem::MaybeUninit::<libc::rusage>::uninit();
-    // SAFETY: the kernel fills one rusage, and cannot fail for a valid pointer and RUSAGE_THREAD.
-    unsafe {
-        libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
-        usage.assume_init().ru_nvcsw
     }
 }
 
@@ -141,7 +131,7 @@ impl Watch {
         let guard = Arc::new(Guard {
             limit,
             demoted: AtomicBool::new(false),
-            blocked: AtomicI64::new(voluntary_switches()),
+            blocked: AtomicU64::new(switches().voluntary),
         });
         let nanos = libc::c_long::from(limit.subsec_nanos() as i32);
         let period = libc::timespec { tv_sec: limit.as_secs() as libc::time_t, tv_nsec: nanos };

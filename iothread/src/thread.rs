@@ -272,6 +272,25 @@ pub(crate) fn worker_cpus() -> Vec<usize> {
     told.or_else(|| affinity().ok()).unwrap_or_default()
 }
 
+/// How often a thread gave up its CPU.
+pub(crate) struct Switches {
+    /// To wait for something.
+    pub(crate) voluntary: u64,
+    /// Because the kernel took it away.
+    pub(crate) involuntary: u64,
+}
+
+/// Those of the calling thread. May be called in a signal handler.
+pub(crate) fn switches() -> Switches {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::uninit();
+    // SAFETY: the kernel fills one rusage, and cannot fail for a valid pointer and RUSAGE_THREAD.
+    let usage = unsafe {
+        libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
+        usage.assume_init()
+    };
+    Switches { voluntary: usage.ru_nvcsw as u64, involuntary: usage.ru_nivcsw as u64 }
+}
+
 /// Timers of the calling thread fire when they are due. A policy that was real-time and is no more
 /// brings back the slack of whoever made the thread.
 pub(crate) fn set_timer_slack() {
